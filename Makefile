@@ -1,0 +1,93 @@
+# Each target sets up what it needs: Python 3.11 or later with venv, make and a package index are enough.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+SHELL := /bin/bash
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# grpcio-tools 1.62.3 has wheels for Python 3.11 and 3.12 only, and can't share an environment with protobuf >= 5.
+PROTO_PYTHON ?= $(firstword $(foreach python,python3.12 python3.11 python3,\
+	$(shell $(python) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $(python))))
+PROTO_VENV := .venv-proto
+PROTO_READY := $(PROTO_VENV)/.ready
+PROTO_TOOLS := grpcio-tools==1.62.3 mypy-protobuf==3.6.0 "setuptools<81"
+
+.PHONY: help
+help: ## Say what there is
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(READY): pyproject.toml tools/dev_requirements.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $$($(BIN)/python tools/dev_requirements.py) --editable .
+	touch $@
+
+$(PROTO_READY): Makefile
+	@test -n "$(PROTO_PYTHON)" || { echo "make proto needs Python 3.11 or 3.12; name one with PROTO_PYTHON=" >&2; exit 1; }
+	$(PROTO_PYTHON) -m venv $(PROTO_VENV)
+	$(PROTO_VENV)/bin/pip install --quiet --disable-pip-version-check $(PROTO_TOOLS)
+	touch $@
+
+.PHONY: demo
+demo: $(READY) ## The main job, on a simulated VM
+	@$(BIN)/python examples/demo.py
+
+.PHONY: demo-s390x
+demo-s390x: $(READY) ## The main job, on a real s390x kernel in the emulated host
+	@$(BIN)/python -m tests.emulated.demo
+
+.PHONY: test
+test: lint proto-check ## Everything that checks the project
+	$(BIN)/python -m tests.emulated.prepare
+	$(BIN)/pytest
+
+.PHONY: test-kernels
+test-kernels: $(READY) ## The contract on Linux 6.1, 6.12 and 7.x, with 1,000 random histories each
+	$(BIN)/python -m tests.emulated.prepare bookworm trixie forky
+	SKEYD_EMULATED_SUITES="bookworm trixie forky" SKEYD_HISTORIES=1000 $(BIN)/pytest tests/contract -o timeout=0
+
+.PHONY: lint
+lint: $(READY) ## Style, types, the direction of imports, the contract, generated pages
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/python tools/make_docs.py --check
+
+.PHONY: proto
+proto: $(PROTO_READY) ## Generate skeyd/v1 and skeyd/standard.binpb from the .proto files
+	PATH=$(CURDIR)/$(PROTO_VENV)/bin:$$PATH $(PROTO_VENV)/bin/python tools/make_proto.py
+
+.PHONY: proto-check
+proto-check: ## Fail where the generated files are stale
+	@if [ -n "$(PROTO_PYTHON)" ]; then \
+		$(MAKE) --no-print-directory proto-check-all; \
+	elif [ "$$CI" = true ]; then \
+		echo "proto-check needs Python 3.11 or 3.12" >&2; exit 1; \
+	else \
+		echo "proto-check: no Python 3.11 or 3.12 here, which its tools need; only checksums are checked, by the tests"; \
+	fi
+
+.PHONY: proto-check-all
+proto-check-all: $(PROTO_READY)
+	PATH=$(CURDIR)/$(PROTO_VENV)/bin:$$PATH $(PROTO_VENV)/bin/python tools/make_proto.py --check
+
+.PHONY: format
+format: $(READY) ## Put the code into form
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+
+.PHONY: docs
+docs: $(READY) ## Make the pages that are generated
+	$(BIN)/python tools/make_docs.py
+
+.PHONY: emulated-host
+emulated-host: $(READY) ## Build the emulated s390x host, if it isn't cached (needs root and Debian packages)
+	$(BIN)/python -m tests.emulated.image bookworm
+
+.PHONY: clean
+clean: ## Remove what the targets made here (not the cache of emulated hosts)
+	rm -rf $(VENV) $(PROTO_VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

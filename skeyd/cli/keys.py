@@ -1,0 +1,213 @@
+"""skeyctl keys."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from skeyd.cli.options import RANGE, json_option, number_of, show_json, vm_name
+from skeyd.client import Gap, Keys, KeyStream, SetResult, Snapshot, connect, write_snapshot
+from skeyd.client.keys import repeated
+from skeyd.gfn import GfnRange, Ranges
+from skeyd.storage_key import StorageKey, runs_of_equal
+
+
+@click.group()
+def keys() -> None:
+    """Get, set, dump and load storage keys.
+
+    A RANGE of guest frames is FIRST-LAST, FIRST+COUNT or one gfn, decimal or 0x…: 0x100-0x1ff is 256 frames.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    # Frames that follow one another and have one key; None: they are in no memory slot.
+    frames: GfnRange
+    key: int | None
+
+
+@keys.command()
+@click.argument("vm_id", metavar="VM")
+@click.argument("ranges", metavar="[RANGE]...", type=RANGE, nargs=-1)
+@json_option
+@click.pass_obj
+def get(target: str, vm_id: str, ranges: tuple[GfnRange, ...], as_json: bool) -> None:
+    """Show keys, of all frames or of RANGEs: a line for each run of frames with one key."""
+    with connect(target) as client, client.get_skeys(vm_name(vm_id), Ranges(ranges)) as stream:
+        runs = _runs(stream)
+        if as_json:
+            show_json(_runs_json(stream, runs))
+        elif not stream.uses_storage_keys:
+            click.echo("the guest uses no storage keys")
+        else:
+            _show_runs(runs)
+
+
+@keys.command("set")
+@click.argument("vm_id", metavar="VM")
+@click.argument("ranges", metavar="RANGE...", type=RANGE, nargs=-1, required=True)
+@click.option("--key", "key", metavar="BYTE", help="The whole key, as 0x38; instead of the four options below.")
+@click.option("--acc", type=click.IntRange(0, 15), help="Access-control bits, 0 to 15.")
+@click.option("--fetch", is_flag=True, help="Fetch protection.")
+@click.option("--referenced", is_flag=True, help="Referenced.")
+@click.option("--changed", is_flag=True, help="Changed.")
+@click.option("--allow-enable", is_flag=True, help="Make a guest use storage keys that doesn't. It can't be undone.")
+@json_option
+@click.pass_obj
+def set_(
+    target: str,
+    vm_id: str,
+    ranges: tuple[GfnRange, ...],
+    key: str | None,
+    acc: int | None,
+    fetch: bool,
+    referenced: bool,
+    changed: bool,
+    allow_enable: bool,
+    as_json: bool,
+) -> None:
+    """Give every frame of RANGEs one key, and verify it."""
+    if (key is None) == (acc is None) or (key is not None and (fetch or referenced or changed)):
+        raise click.UsageError("say either --key, or --acc with --fetch, --referenced and --changed as needed")
+    value = _key(key) if key is not None else StorageKey(acc or 0, fetch, referenced, changed).to_byte()
+    wanted = Ranges(ranges)
+    result = _set(target, vm_id, wanted, repeated(value, wanted), allow_enable)
+    _show_result(vm_name(vm_id), result, as_json)
+
+
+@keys.command()
+@click.argument("vm_id", metavar="VM")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("ranges", metavar="[RANGE]...", type=RANGE, nargs=-1)
+@json_option
+@click.pass_obj
+def dump(target: str, vm_id: str, file: Path, ranges: tuple[GfnRange, ...], as_json: bool) -> None:
+    """Save keys, of all frames or of RANGEs, into FILE. It appears when it is whole."""
+    name, place = vm_name(vm_id), _replaceable(file)
+    with connect(target) as client, client.get_skeys(name, Ranges(ranges)) as stream:
+        with _progress("dumping", stream.frames()) as told:
+            saved = write_snapshot(place, stream, told)
+        uses_keys = stream.uses_storage_keys
+    if as_json:
+        show_json({"vm": name, "file": str(file), "keys": saved, "uses_storage_keys": uses_keys})
+    elif uses_keys:
+        click.echo(f"{saved} keys of {name} saved in {click.format_filename(file)}")
+    else:
+        click.echo(f"{name} uses no storage keys; {click.format_filename(file)} says so")
+
+
+@keys.command()
+@click.argument("vm_id", metavar="VM")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--allow-enable", is_flag=True, help="Make a guest use storage keys that doesn't. It can't be undone.")
+@json_option
+@click.pass_obj
+def load(target: str, vm_id: str, file: Path, allow_enable: bool, as_json: bool) -> None:
+    """Set the keys that `dump` saved in FILE. The whole file is checked before the first key is set."""
+    with Snapshot(file) as snapshot:
+        ranges = snapshot.verify()
+        if not snapshot.uses_storage_keys:
+            raise click.UsageError(f"{file} was taken from a guest that uses no storage keys; there is nothing to load")
+        result = _set(target, vm_id, ranges, snapshot.keys(), allow_enable)
+    _show_result(vm_name(vm_id), result, as_json)
+
+
+def _replaceable(file: Path) -> Path:
+    # What is there is replaced, not written to: what a link leads to, and never a directory, a device or a FIFO.
+    place = Path(os.path.realpath(file))
+    if place.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+    if place.exists() and not place.is_file():
+        raise FileExistsError(errno.EEXIST, "not a regular file, and so not one to replace", str(file))
+    return place
+
+
+def _set(target: str, vm_id: str, ranges: Ranges, chunks: Iterable[Keys], allow_enable: bool) -> SetResult:
+    with connect(target) as client, _progress("setting", ranges.frames()) as told:
+        return client.set_skeys(vm_name(vm_id), ranges, chunks, allow_enable=allow_enable, progress=told)
+
+
+def _show_result(name: str, result: SetResult, as_json: bool) -> None:
+    if as_json:
+        show_json({"vm": name, **asdict(result)})
+        return
+    click.echo(f"{result.keys_set} keys of {name} set and verified", nl=False)
+    click.echo(f"; the kernel had lost {result.keys_repaired}, set again" if result.keys_repaired else "", nl=False)
+    click.echo("; the guest uses storage keys from now on" if result.enabled else "")
+
+
+def _key(text: str) -> int:
+    try:
+        return StorageKey.from_byte(number_of(text)).to_byte()
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--key") from error
+
+
+def _runs(parts: Iterable[Keys | Gap]) -> Iterator[_Run]:
+    # Runs go on across chunks.
+    last: _Run | None = None
+    for part in parts:
+        found: list[_Run] = [_Run(part.frames, None)]
+        if isinstance(part, Keys):
+            start = part.frames.start
+            found = [_Run(GfnRange(start + index, count), key) for index, count, key in runs_of_equal(part.keys)]
+        for run in found:
+            if last is not None and last.key == run.key and last.frames.end == run.frames.start:
+                last = _Run(GfnRange(last.frames.start, last.frames.count + run.frames.count), run.key)
+                continue
+            if last is not None:
+                yield last
+            last = run
+    if last is not None:
+        yield last
+
+
+def _show_runs(runs: Iterable[_Run]) -> None:
+    click.echo(f"{'FRAMES':<29}{'COUNT':>10}  {'KEY':<5} {'ACC':>3}  F  R  C")
+    for run in runs:
+        line = f"{run.frames!s:<29}{run.frames.count:>10}  "
+        if run.key is None:
+            click.echo(line + "no memory")
+            continue
+        key = StorageKey.from_byte(run.key)
+        bits = "  ".join(str(int(bit)) for bit in (key.fetch_protection, key.referenced, key.changed))
+        click.echo(f"{line}{run.key:#04x}  {key.access_control:>3}  {bits}")
+
+
+def _runs_json(stream: KeyStream, runs: Iterable[_Run]) -> dict[str, Any]:
+    found: list[dict[str, Any]] = []
+    gaps: list[dict[str, int]] = []
+    for run in runs:
+        where = {"start_gfn": run.frames.start, "count": run.frames.count}
+        if run.key is None:
+            gaps.append(where)
+        else:
+            found.append({**where, "key": run.key, **asdict(StorageKey.from_byte(run.key))})
+    header = stream.header
+    return {
+        "vm": header.vm,
+        "uid": header.uid,
+        "kernel": header.kernel,
+        "uses_storage_keys": stream.uses_storage_keys,
+        "runs": found,
+        "gaps": gaps,
+    }
+
+
+@contextmanager
+def _progress(what: str, frames: int) -> Iterator[Callable[[int], None]]:
+    # A bar on a terminal, on standard error so that output stays output; elsewhere nothing.
+    if not sys.stderr.isatty() or not frames:
+        yield lambda _: None
+        return
+    with click.progressbar(length=frames, label=what, file=sys.stderr) as bar:
+        yield lambda done: bar.update(done - bar.pos)

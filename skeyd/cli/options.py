@@ -1,0 +1,104 @@
+"""What several commands take and how they show it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import click
+
+from skeyd.errors import SkeydError
+from skeyd.gfn import GfnRange
+from skeyd.storage_key import GFN_LIMIT
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+# No leading zeros: 010 is ten to some and eight to others.
+_DIGITS: Final = r"0x[0-9a-f]+|0|[1-9][0-9]*"
+_NUMBER: Final = re.compile(_DIGITS, re.IGNORECASE | re.ASCII)
+_SIZE: Final = re.compile(rf"({_DIGITS})([kmgt]?)", re.IGNORECASE | re.ASCII)
+_UNITS: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def json_option(function: _F) -> _F:
+    """Add --json."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON value.")(function)
+
+
+def show_json(value: object) -> None:
+    """Print a value for programs."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def show_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows for people: left-justified columns, as wide as they need to be."""
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    for row in (heads, *rows):
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def vm_name(vm: str) -> str:
+    """Take a VM as people write it: its id, or its whole name. UnicodeEncodeError."""
+    return require_utf8(vm if "/" in vm else f"vms/{vm}")
+
+
+def require_utf8(text: str) -> str:
+    """Return the text. UnicodeEncodeError where it is none; protobuf's implementations raise different things."""
+    text.encode()
+    return text
+
+
+def number_of(text: str) -> int:
+    """Read a number as it is written everywhere here: decimal or 0x…, and nothing else that int() takes. ValueError."""
+    if not _NUMBER.fullmatch(text):
+        raise ValueError(f"{text!r} is no number; write 256 or 0x100")
+    return int(text, 0)
+
+
+def size_of(text: str) -> int:
+    """Read a number of bytes: 4096, 0x1000, 256M, 1G. ValueError."""
+    found = _SIZE.fullmatch(text)
+    if not found:
+        raise ValueError(f"{text!r} is no size; write 4096, 0x1000, 256M or 1G")
+    return int(found[1], 0) * _UNITS[found[2].lower()]
+
+
+if TYPE_CHECKING:
+    _GfnRangeParam = click.ParamType[GfnRange]
+else:
+    _GfnRangeParam = click.ParamType  # generic since click 8.2 only
+
+
+class RangeType(_GfnRangeParam):
+    """Guest frames as people write them: FIRST-LAST or FIRST+COUNT or one gfn; decimal or 0x…."""
+
+    name = "range"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> GfnRange:
+        """Read one. The last frame of FIRST-LAST is part of the range."""
+        if isinstance(value, GfnRange):
+            return value
+        try:
+            if "+" in value:
+                first, _, count = value.partition("+")
+                frames = GfnRange(number_of(first), number_of(count))
+            else:
+                first, dash, last = value.partition("-")
+                start = number_of(first)
+                end = number_of(last) if dash else start
+                if end < start:
+                    self.fail(f"{value!r} ends before it begins", param, ctx)
+                frames = GfnRange(start, end - start + 1)
+        except ValueError:
+            self.fail(f"{value!r} is no range of frames; write 0x100-0x1ff, 0x100+256 or 0x100", param, ctx)
+        except SkeydError as error:
+            self.fail(error.message, param, ctx)
+        if frames.count == GFN_LIMIT:
+            # All gfns that there are: the request's field is a u64.
+            self.fail(f"{value!r} is one frame more than can be asked for", param, ctx)
+        return frames
+
+
+RANGE: Final = RangeType()

@@ -1,0 +1,221 @@
+"""skeyctl vm."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from skeyd.cli.options import json_option, require_utf8, show_json, show_table, size_of, vm_name
+from skeyd.client import connect
+from skeyd.gfn import GfnRange
+from skeyd.storage_key import FRAME_SIZE
+from skeyd.v1 import vm_pb2, vm_service_pb2
+
+_KINDS = {"owned": vm_pb2.VM_KIND_OWNED, "simulated": vm_pb2.VM_KIND_SIMULATED}
+_BACKINGS = {
+    "anonymous": vm_pb2.MEMORY_BACKING_ANONYMOUS,
+    "memfd": vm_pb2.MEMORY_BACKING_MEMFD,
+    "file": vm_pb2.MEMORY_BACKING_FILE,
+    "none": vm_pb2.MEMORY_BACKING_NONE,
+}
+_SIMULATED = {
+    "4.19": vm_pb2.SIMULATED_KERNEL_LINUX_4_19,
+    "7.0": vm_pb2.SIMULATED_KERNEL_LINUX_7_0,
+    "7.2": vm_pb2.SIMULATED_KERNEL_LINUX_7_2,
+}
+_STATES = {number: name.removeprefix("VM_STATE_").lower() for name, number in vm_pb2.VmState.items() if number}
+_YES_OR_NO: dict[bool | None, str] = {True: "yes", False: "no"}
+
+
+@click.group()
+def vm() -> None:
+    """Create, list, show and delete VMs."""
+
+
+@vm.command()
+@click.argument("vm_id", metavar="ID")
+@click.option("--kind", type=click.Choice(list(_KINDS)), required=True, help="owned needs a KVM host on IBM Z.")
+@click.option(
+    "--memory",
+    "memories",
+    metavar="SIZE[@ADDRESS][:BACKING]",
+    multiple=True,
+    required=True,
+    help="A memory slot: 256M, 1G@4G, 64M@8G:memfd, 1G:file=NAME. Without an address it follows the one before.",
+)
+@click.option("--simulated-kernel", type=click.Choice(list(_SIMULATED)), help="Whose rules a simulated VM follows.")
+@json_option
+@click.pass_obj
+def create(
+    target: str, vm_id: str, kind: str, memories: tuple[str, ...], simulated_kernel: str | None, as_json: bool
+) -> None:
+    """Create a VM named ID."""
+    slots: list[vm_service_pb2.MemorySlotSpec] = []
+    for text in memories:
+        following = slots[-1].guest_phys_addr + slots[-1].memory_size if slots else 0
+        slots.append(_slot(text, following))
+    request = vm_service_pb2.CreateVmRequest(vm_id=require_utf8(vm_id), kind=_KINDS[kind], memory_slots=slots)
+    if simulated_kernel is not None:
+        request.simulated_kernel = _SIMULATED[simulated_kernel]
+    with connect(target) as client:
+        made = client.create_vm(request)
+    if as_json:
+        show_json(_as_json(made))
+    else:
+        click.echo(f"{made.name} created: {made.kernel}, {_memory(made)}")
+
+
+@vm.command("list")
+@json_option
+@click.pass_obj
+def list_(target: str, as_json: bool) -> None:
+    """List all VMs, those from before a restart of the daemon included."""
+    with connect(target) as client:
+        vms = client.list_vms()
+    if as_json:
+        show_json([_as_json(one) for one in vms])
+        return
+    rows = [
+        (
+            one.name.removeprefix("vms/"),
+            _kind(one) or "unknown",
+            _state(one) or "unknown",
+            _memory(one) if one.memory_slots else "-",
+            _YES_OR_NO.get(_uses_keys(one), "-"),
+            one.state_reason or one.kernel,
+        )
+        for one in vms
+    ]
+    show_table(("ID", "KIND", "STATE", "MEMORY", "USES KEYS", "KERNEL, OR WHAT IS WRONG"), rows)
+
+
+@vm.command()
+@click.argument("vm_id", metavar="VM")
+@json_option
+@click.pass_obj
+def show(target: str, vm_id: str, as_json: bool) -> None:
+    """Show one VM."""
+    with connect(target) as client:
+        found = client.get_vm(vm_name(vm_id))
+    if as_json:
+        show_json(_as_json(found))
+        return
+    lines = {
+        "name": found.name,
+        "state": (_state(found) or "unknown") + (f": {found.state_reason}" if found.state_reason else ""),
+        "kind": _kind(found) or "unknown",
+        "kernel": found.kernel,
+        "uses keys": _YES_OR_NO.get(_uses_keys(found), ""),
+        "uid": found.uid,
+        "incarnation": found.incarnation,
+        "created": found.create_time.ToJsonString() if found.HasField("create_time") else "",
+        "worker": f"pid {found.worker_pid}, skeyd {found.worker_version}" if found.worker_pid else "",
+    }
+    for name, value in lines.items():
+        if value:
+            click.echo(f"{name + ':':<13}{value}")
+    if found.memory_slots:
+        click.echo()
+        rows = [
+            (str(one.slot), str(GfnRange(one.start_gfn, one.count)), _size(one.count * FRAME_SIZE), _backing(one))
+            for one in found.memory_slots
+        ]
+        show_table(("SLOT", "FRAMES", "SIZE", "BACKING"), rows)
+
+
+@vm.command()
+@click.argument("vm_id", metavar="VM")
+@click.option("--yes", is_flag=True, help="Don't ask. Needed where there is nobody to ask.")
+@json_option
+@click.pass_obj
+def delete(target: str, vm_id: str, yes: bool, as_json: bool) -> None:
+    """End a VM: it, its memory and its keys are gone."""
+    name = vm_name(vm_id)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise click.UsageError(f"deleting {name} can't be undone; off a terminal say --yes")
+        _confirm(f"Delete {name}, its memory and its keys?")
+    with connect(target) as client:
+        client.delete_vm(name)
+    if as_json:
+        show_json({"deleted": name})
+    else:
+        click.echo(f"{name} deleted")
+
+
+def _confirm(question: str) -> None:
+    # Not click.confirm: up to 8.3 it writes a space to standard output, which is for the answer.
+    click.echo(f"{question} [y/N]: ", nl=False, err=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise click.Abort
+
+
+def _slot(text: str, following: int) -> vm_service_pb2.MemorySlotSpec:
+    where, colon, backing = text.partition(":")
+    size, at, address = where.partition("@")
+    backing, equals, file = backing.partition("=")
+    if colon and backing not in _BACKINGS:
+        raise click.BadParameter(f"{backing!r} is none of {', '.join(_BACKINGS)}", param_hint="--memory")
+    if not (backing == "file") == bool(file) == bool(equals):
+        raise click.BadParameter("a file and only a file has a name: 1G:file=NAME", param_hint="--memory")
+    try:
+        return vm_service_pb2.MemorySlotSpec(
+            guest_phys_addr=size_of(address) if at else following,
+            memory_size=size_of(size),
+            backing=_BACKINGS[backing] if colon else vm_pb2.MEMORY_BACKING_UNSPECIFIED,
+            file=require_utf8(file),
+        )
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--memory") from error
+
+
+def _as_json(vm: vm_pb2.Vm) -> dict[str, Any]:
+    return {
+        "name": vm.name,
+        "uid": vm.uid or None,
+        "incarnation": vm.incarnation or None,
+        "kind": _kind(vm),
+        "state": _state(vm),
+        "state_reason": vm.state_reason or None,
+        "memory_slots": [
+            {"slot": one.slot, "start_gfn": one.start_gfn, "count": one.count, "backing": _backing(one)}
+            for one in vm.memory_slots
+        ],
+        "uses_storage_keys": _uses_keys(vm),
+        "kernel": vm.kernel or None,
+        "worker_version": vm.worker_version or None,
+        "worker_pid": vm.worker_pid or None,
+        "create_time": vm.create_time.ToJsonString() if vm.HasField("create_time") else None,
+    }
+
+
+# What isn't known is None; a daemon that is newer than this program can know of kinds and states that it doesn't.
+
+
+def _kind(vm: vm_pb2.Vm) -> str | None:
+    return next((word for word, number in _KINDS.items() if number == vm.kind), None)
+
+
+def _state(vm: vm_pb2.Vm) -> str | None:
+    return _STATES.get(vm.state)
+
+
+def _uses_keys(vm: vm_pb2.Vm) -> bool | None:
+    return vm.uses_storage_keys if vm.HasField("uses_storage_keys") else None
+
+
+def _backing(slot: vm_pb2.MemorySlot) -> str:
+    return next((word for word, number in _BACKINGS.items() if number == slot.backing), "unknown")
+
+
+def _memory(vm: vm_pb2.Vm) -> str:
+    return _size(sum(one.count for one in vm.memory_slots) * FRAME_SIZE)
+
+
+def _size(size: int) -> str:
+    for unit, name in ((1 << 40, "TiB"), (1 << 30, "GiB")):
+        if size >= unit and not size % unit:
+            return f"{size // unit} {name}"
+    return f"{size // (1 << 20)} MiB"

@@ -1,0 +1,77 @@
+"""The errors of skeyd: stable reasons with a meaning, wherever they arise. Everybody may import this.
+
+skeyd/rpc/status.py gives each reason its gRPC status; docs/errors.md lists both and is made from them.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+from collections.abc import Mapping
+from typing import Final
+
+
+class Reason(enum.Enum):
+    """What went wrong: the ErrorInfo reason that clients can rely on. The value says what it means."""
+
+    # the request
+    REQUEST_INVALID = "A field is missing, malformed or out of its range; the message names it."
+    VM_ID_INVALID = "A VM's id or name is not of the form that the API describes."
+    RANGE_EMPTY = "A range has a count of 0."
+    RANGE_OVERFLOW = "A range ends beyond 2^64."
+    RANGES_NOT_ASCENDING = "Ranges overlap or are not in ascending order."
+    GFN_NOT_MAPPED = "A frame is in no memory slot of the VM."
+    MEMORY_INVALID = "The kernel would refuse these memory slots, or did."
+    MEMORY_FILE_UNUSABLE = "A file to back memory can't be used, or the daemon was started without --memory-dir."
+    # the keys
+    CHUNK_OUT_OF_ORDER = "A chunk does not begin where the one before it ended, or reaches out of its range."
+    CHUNK_SIZE_MISMATCH = "A chunk's count is not that of its keys."
+    CHUNK_CHECKSUM_MISMATCH = "The keys of a chunk are not those that its checksum was made of."
+    ENCODING_UNSUPPORTED = "A chunk's encoding is not one that this daemon knows."
+    KEY_RESERVED_BIT = "A key has the reserved bit 0x01, which the kernel refuses."
+    STREAM_INCOMPLETE = "A SetSkeys stream ended without Commit, or with Commit before its ranges were covered."
+    SKEYS_NOT_ENABLED = "The guest uses no storage keys, and the request does not allow enabling them."
+    KEYS_NOT_STORED = "The kernel did not keep keys that it had accepted, and not after setting them again either."
+    # the VM
+    VM_NOT_FOUND = "There is no such VM."
+    VM_EXISTS = "The id is taken; by a dead or quarantined VM too."
+    VM_BUSY = "Another SetSkeys, DeleteVm or CreateVm runs on this VM."
+    VM_DEAD = "The VM's worker is gone, or the kernel has declared the VM dead."
+    VM_QUARANTINED = "Something is there that skeyd can't explain; it leaves it alone."
+    WORKER_LOST = "The VM's worker went away or did not answer in time."
+    WORKER_FAILED = "A worker did not start, or did what the protocol forbids."
+    # the host
+    KVM_UNAVAILABLE = "/dev/kvm is missing or not for the worker's user."
+    CAP_S390_SKEYS_MISSING = "The kernel has no storage-key calls: it is no s390x host, or a very old one."
+    PGSTE_UNAVAILABLE = "KVM_CREATE_VM answered EINVAL for want of PGSTE page tables."
+    KERNEL_REFUSED = "The kernel answered an ioctl with an error that has no better name; the message has it."
+    OUT_OF_MEMORY = "The kernel or the host has no memory for this."
+    HOST_EXHAUSTED = "The daemon or its host has no descriptors or no disk space left; the VMs are not concerned."
+    # limits
+    TOO_MANY_VMS = "The host has as many VMs as the daemon allows."
+    TOO_MANY_STREAMS = "As many streams run as the daemon allows."
+
+
+class SkeydError(Exception):
+    """A failure with a reason. `metadata` has what a program may want to know of it: a gfn, a VM, a remedy."""
+
+    def __init__(self, reason: Reason, message: str, metadata: Mapping[str, str] | None = None) -> None:
+        self.reason = reason
+        self.message = message
+        self.metadata = dict(metadata or {})
+        super().__init__(message)
+
+    def __repr__(self) -> str:
+        return f"SkeydError({self.reason.name}, {self.message!r}, {self.metadata!r})"
+
+
+_EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT)
+
+
+def exhausted(error: OSError) -> SkeydError | None:
+    """Return what it is to callers if an OSError says that the host is short of something, else None."""
+    if error.errno == errno.ENOMEM:
+        return SkeydError(Reason.OUT_OF_MEMORY, str(error.strerror))
+    if error.errno in _EXHAUSTED:
+        return SkeydError(Reason.HOST_EXHAUSTED, str(error.strerror))
+    return None

@@ -1,0 +1,57 @@
+"""The limits and defaults of the front, each in one place. GetHost reports those that callers can meet."""
+
+from __future__ import annotations
+
+from typing import Final
+
+MAX_CHUNK_KEYS: Final = 1_048_576
+"""Most keys in a chunk: KVM_S390_SKEYS_MAX, and 1 MiB, a quarter of gRPC's default limit for a message."""
+
+DEFAULT_CHUNK_KEYS: Final = 262_144
+"""Keys in a chunk of GetSkeys where the request doesn't say: one slice."""
+
+MAX_RANGES: Final = 16_384
+"""Most ranges in a request; as many fit into some 300 KiB."""
+
+MAX_VMS: Final = 1_024
+"""Most VMs on a host; each is a process of some 10 MiB."""
+
+MAX_CALLS: Final = 256
+"""Most calls at once, those that wait for a thread included; grpcio refuses one more by itself."""
+
+MAX_KEY_STREAMS: Final = 16
+"""Most GetSkeys and SetSkeys at once; one more is refused."""
+
+MAX_WATCHES: Final = 16
+"""Most health watches and reflection streams at once; one more is refused."""
+
+SPARE_THREADS: Final = 8
+"""A running call holds a thread. Streams of keys, watches, health checks and all the rest have threads of their own, so
+that no kind keeps another waiting; these are what a kind has beyond its limit, to refuse calls with."""
+
+CALL_THREADS: Final = 24
+"""Threads for all calls that are neither streams nor health checks."""
+
+REQUEST_SECONDS: Final = 5.0
+"""How long a client may take to send the first message of a call, which comes with the call from any honest one."""
+
+IDLE_SECONDS: Final = 60.0
+"""How long a stream may wait for its client, to send its next message or to take one; then it is cut."""
+
+MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
+"""Most bytes in a message from a client."""
+
+WORKER_START_SECONDS: Final = 30.0
+"""How long a worker may take to make its VM."""
+
+WORKER_HELLO_SECONDS: Final = 5.0
+"""How long a worker may take to say who it is; a slice of another stream can be before it in the queue."""
+
+WORKER_ANSWER_SECONDS: Final = 60.0
+"""How long a worker may take to answer for a slice."""
+
+WORKER_END_SECONDS: Final = 30.0
+"""How long a worker may take to end after it agreed to."""
+
+DRAIN_SECONDS: Final = 10.0
+"""How long running calls may go on after SIGTERM; then they are cut."""

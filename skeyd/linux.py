@@ -1,0 +1,81 @@
+"""The few Linux calls outside KVM that skeyd makes by hand: locks that die with their holder, and sealed memory.
+
+Standard library only; the front and the workers both use it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+MAP_NORESERVE: Final = 0x4000
+"""include/uapi/asm-generic/mman.h @ v6.12, for s390 and x86 alike. Python's mmap module has it since 3.13 only."""
+
+_SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_UCRED: Final = struct.Struct("=iII")
+
+
+def take_lock(fd: int) -> bool:
+    """Lock a file opened for writing, for this process's life or until fd is closed. False: another process has it.
+
+    A POSIX record lock: the kernel gives it back however the process ends, and `lock_is_held` can look at it without
+    taking it. It is also given back when *any* descriptor of the file is closed in this process: open the file once.
+    """
+    try:
+        os.lockf(fd, os.F_TLOCK, 0)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        raise
+    return True
+
+
+def lock_is_held(fd: int) -> bool:
+    """Whether another process holds the lock of a file opened for writing. Takes nothing."""
+    try:
+        os.lockf(fd, os.F_TEST, 0)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return True
+        raise
+    return False
+
+
+def sealed_memfd(name: str, size: int) -> int:
+    """Make a memfd of `size` bytes that nobody can cut or grow, so that no reader of a mapping can meet a SIGBUS."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def is_sealed_memfd(fd: int, size: int) -> bool:
+    """Whether a descriptor that somebody sent is what `sealed_memfd` makes, of that size."""
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        return False
+    return seals & _SEALS == _SEALS and os.fstat(fd).st_size == size
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who is at the other end of a unix socket, by the kernel's word (SO_PEERCRED)."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+def peer_of(connection: socket.socket) -> Peer:
+    """Ask the kernel who connected, or who listened."""
+    return Peer(*_UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)))

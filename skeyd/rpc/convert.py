@@ -1,0 +1,184 @@
+"""Between the messages of skeyd.v1 and skeyd's own values. Requests are checked here, field by field."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+
+from skeyd import limits
+from skeyd.errors import Reason, SkeydError
+from skeyd.gfn import GfnRange, MemorySlot, Ranges
+from skeyd.v1 import host_service_pb2, vm_pb2, vm_service_pb2
+from skeyd.vms.vm import Vm, VmState
+from skeyd.worker.protocol import VM_ID, Fields, SlotSpec, Spec
+from skeyd.worker.slots import check_slots
+
+_KINDS = {
+    vm_pb2.VM_KIND_OWNED: "owned",
+    vm_pb2.VM_KIND_SIMULATED: "simulated",
+}
+_KINDS_BACK = {word: number for number, word in _KINDS.items()}
+_BACKINGS = {
+    vm_pb2.MEMORY_BACKING_UNSPECIFIED: "anonymous",
+    vm_pb2.MEMORY_BACKING_ANONYMOUS: "anonymous",
+    vm_pb2.MEMORY_BACKING_MEMFD: "memfd",
+    vm_pb2.MEMORY_BACKING_FILE: "file",
+    vm_pb2.MEMORY_BACKING_NONE: "none",
+}
+_BACKINGS_BACK = {
+    "anonymous": vm_pb2.MEMORY_BACKING_ANONYMOUS,
+    "memfd": vm_pb2.MEMORY_BACKING_MEMFD,
+    "file": vm_pb2.MEMORY_BACKING_FILE,
+    "none": vm_pb2.MEMORY_BACKING_NONE,
+}
+_SIMULATED_KERNELS = {
+    vm_pb2.SIMULATED_KERNEL_UNSPECIFIED: "7.2",
+    vm_pb2.SIMULATED_KERNEL_LINUX_4_19: "4.19",
+    vm_pb2.SIMULATED_KERNEL_LINUX_7_0: "7.0",
+    vm_pb2.SIMULATED_KERNEL_LINUX_7_2: "7.2",
+}
+_STATES = {
+    VmState.CREATING: vm_pb2.VM_STATE_CREATING,
+    VmState.READY: vm_pb2.VM_STATE_READY,
+    VmState.QUARANTINED: vm_pb2.VM_STATE_QUARANTINED,
+    VmState.DEAD: vm_pb2.VM_STATE_DEAD,
+}
+_ANSWERS = {
+    None: host_service_pb2.ANSWER_UNSPECIFIED,
+    True: host_service_pb2.ANSWER_YES,
+    False: host_service_pb2.ANSWER_NO,
+}
+
+_NAME_MAX = 255
+"""Bytes in a file's name, on every file system of Linux."""
+
+
+def vm_id_of(name: str) -> str:
+    """Take "vms/{vm}" apart. VM_ID_INVALID."""
+    prefix, _, vm_id = name.partition("/")
+    if prefix != "vms" or not VM_ID.fullmatch(vm_id):
+        raise SkeydError(Reason.VM_ID_INVALID, f"a VM's name has the form vms/ID, not {name[:80]!r}")
+    return vm_id
+
+
+def spec_of(request: vm_service_pb2.CreateVmRequest, memory_dir: Path | None) -> Spec:
+    """Make the spec of a VM to create, with a new uid. VM_ID_INVALID, REQUEST_INVALID, MEMORY_INVALID."""
+    if not VM_ID.fullmatch(request.vm_id):
+        raise SkeydError(
+            Reason.VM_ID_INVALID,
+            "a VM's id is a lower-case letter and up to 62 lower-case letters, digits and hyphens, no hyphen last, "
+            f"not {request.vm_id[:80]!r}",
+        )
+    if request.kind not in _KINDS:
+        raise SkeydError(Reason.REQUEST_INVALID, f"kind must be owned or simulated, not {request.kind}")
+    if request.simulated_kernel not in _SIMULATED_KERNELS:
+        raise SkeydError(Reason.REQUEST_INVALID, f"there is no simulated kernel {request.simulated_kernel}")
+    if request.simulated_kernel and request.kind != vm_pb2.VM_KIND_SIMULATED:
+        raise SkeydError(Reason.REQUEST_INVALID, "simulated_kernel is for VMs of kind simulated")
+    simulated = _KINDS[request.kind] == "simulated"
+    slots = tuple(_slot_spec(number, slot, memory_dir, simulated) for number, slot in enumerate(request.memory_slots))
+    check_slots(slots)
+    return Spec(
+        vm_id=request.vm_id,
+        uid=str(uuid.uuid4()),
+        kind=_KINDS[request.kind],
+        slots=slots,
+        created=int(time.time()),
+        simulated_kernel=_SIMULATED_KERNELS[request.simulated_kernel],
+    )
+
+
+def _slot_spec(number: int, slot: vm_service_pb2.MemorySlotSpec, memory_dir: Path | None, simulated: bool) -> SlotSpec:
+    if slot.backing not in _BACKINGS:
+        raise SkeydError(Reason.REQUEST_INVALID, f"memory slot {number}: there is no backing {slot.backing}")
+    backing = "none" if simulated and not slot.backing else _BACKINGS[slot.backing]
+    if simulated != (backing == "none"):
+        raise SkeydError(
+            Reason.REQUEST_INVALID,
+            f"memory slot {number}: a simulated VM has no memory, and only it has none; its backing can't be {backing}",
+        )
+    path = ""
+    if backing == "file":
+        if memory_dir is None:
+            raise SkeydError(
+                Reason.MEMORY_FILE_UNUSABLE,
+                f"memory slot {number}: files are off; the daemon was started without --memory-dir",
+            )
+        name = slot.file
+        if name in ("", ".", "..") or os.sep in name or not name.isprintable() or len(name.encode()) > _NAME_MAX:
+            raise SkeydError(
+                Reason.REQUEST_INVALID,
+                f"memory slot {number}: file is a printable name in the daemon's --memory-dir, not {name[:80]!r}",
+            )
+        path = str(memory_dir / name)
+    elif slot.file:
+        raise SkeydError(Reason.REQUEST_INVALID, f"memory slot {number}: file is for MEMORY_BACKING_FILE")
+    return SlotSpec(slot.guest_phys_addr, slot.memory_size, backing, path)
+
+
+def ranges_of(messages: Iterable[vm_pb2.GfnRange]) -> Ranges:
+    """Check the ranges of a request. RANGE_EMPTY, RANGE_OVERFLOW, RANGES_NOT_ASCENDING, REQUEST_INVALID."""
+    ranges = [GfnRange(one.start_gfn, one.count) for one in messages]
+    if len(ranges) > limits.MAX_RANGES:
+        raise SkeydError(
+            Reason.REQUEST_INVALID,
+            f"{len(ranges)} ranges are more than {limits.MAX_RANGES}; ask in several calls",
+        )
+    return Ranges(ranges)
+
+
+def chunk_keys_of(max_chunk_keys: int) -> int:
+    """Check the chunk size of a request. REQUEST_INVALID."""
+    if max_chunk_keys > limits.MAX_CHUNK_KEYS:
+        raise SkeydError(
+            Reason.REQUEST_INVALID, f"max_chunk_keys is at most {limits.MAX_CHUNK_KEYS}, not {max_chunk_keys}"
+        )
+    return max_chunk_keys or limits.DEFAULT_CHUNK_KEYS
+
+
+def range_message(frames: GfnRange) -> vm_pb2.GfnRange:
+    """Write a range down."""
+    return vm_pb2.GfnRange(start_gfn=frames.start, count=frames.count)
+
+
+def slot_message(slot: MemorySlot) -> vm_pb2.MemorySlot:
+    """Write a memory slot down."""
+    return vm_pb2.MemorySlot(
+        slot=slot.slot,
+        start_gfn=slot.frames.start,
+        count=slot.frames.count,
+        backing=_BACKINGS_BACK[slot.backing],
+    )
+
+
+def kind_message(kind: str) -> vm_pb2.VmKind.ValueType:
+    """Write a kind down."""
+    return _KINDS_BACK.get(kind, vm_pb2.VM_KIND_UNSPECIFIED)
+
+
+def vm_message(vm: Vm) -> vm_pb2.Vm:
+    """Write a VM down."""
+    message = vm_pb2.Vm(
+        name=f"vms/{vm.vm_id}",
+        uid=vm.uid,
+        incarnation=vm.incarnation,
+        kind=kind_message(vm.kind),
+        state=_STATES[vm.state],
+        state_reason=vm.state_reason,
+        memory_slots=[slot_message(slot) for slot in vm.slots],
+        uses_storage_keys=vm.uses_keys,
+        kernel=vm.kernel,
+        worker_version=vm.worker_version,
+        worker_pid=vm.worker_pid,
+    )
+    if vm.created:
+        message.create_time.seconds = vm.created
+    return message
+
+
+def answer_of(fields: Fields, name: str) -> host_service_pb2.Answer.ValueType:
+    """Take a yes, no or don't know from a worker's report."""
+    return _ANSWERS[fields.boolean(name) if fields.has(name) else None]

@@ -1,0 +1,54 @@
+"""VmService."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import grpc
+
+from skeyd.rpc import convert
+from skeyd.rpc.calls import note
+from skeyd.v1 import vm_service_pb2, vm_service_pb2_grpc
+from skeyd.vms.registry import Registry
+
+
+class VmService(vm_service_pb2_grpc.VmServiceServicer):
+    """Create, look at, delete. Errors are raised as SkeydErrors; CallInterceptor turns them into statuses."""
+
+    def __init__(self, registry: Registry, memory_dir: Path | None) -> None:
+        self._registry = registry
+        self._memory_dir = memory_dir
+
+    def CreateVm(
+        self, request: vm_service_pb2.CreateVmRequest, context: grpc.ServicerContext
+    ) -> vm_service_pb2.CreateVmResponse:
+        """As the contract says."""
+        spec = convert.spec_of(request, self._memory_dir)
+        note(vm=f"vms/{spec.vm_id}")
+        vm = self._registry.create(spec)
+        return vm_service_pb2.CreateVmResponse(vm=convert.vm_message(vm))
+
+    def GetVm(
+        self, request: vm_service_pb2.GetVmRequest, context: grpc.ServicerContext
+    ) -> vm_service_pb2.GetVmResponse:
+        """As the contract says."""
+        vm_id = convert.vm_id_of(request.name)
+        note(vm=request.name)
+        return vm_service_pb2.GetVmResponse(vm=convert.vm_message(self._registry.get(vm_id)))
+
+    def ListVms(
+        self, request: vm_service_pb2.ListVmsRequest, context: grpc.ServicerContext
+    ) -> vm_service_pb2.ListVmsResponse:
+        """As the contract says."""
+        vms = self._registry.list_all()
+        note(vms=len(vms))
+        return vm_service_pb2.ListVmsResponse(vms=[convert.vm_message(vm) for vm in vms])
+
+    def DeleteVm(
+        self, request: vm_service_pb2.DeleteVmRequest, context: grpc.ServicerContext
+    ) -> vm_service_pb2.DeleteVmResponse:
+        """As the contract says."""
+        vm_id = convert.vm_id_of(request.name)
+        note(vm=request.name)
+        self._registry.delete(vm_id)
+        return vm_service_pb2.DeleteVmResponse()

@@ -1,0 +1,272 @@
+"""Create, find, look at and delete VMs. Nothing of a VM is kept between two calls: each asks anew."""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Final
+
+from skeyd.errors import Reason, SkeydError, exhausted
+from skeyd.limits import MAX_VMS, WORKER_END_SECONDS, WORKER_HELLO_SECONDS, WORKER_START_SECONDS
+from skeyd.vms.runtime import RuntimeDirectory, VmDirectory
+from skeyd.vms.session import Session
+from skeyd.vms.starter import WorkerStarter
+from skeyd.vms.vm import Vm, VmState
+from skeyd.worker.protocol import Fields, ProtocolError, Spec
+
+_ASKED_AT_ONCE: Final = 32
+
+
+class Registry:
+    """The VMs of one runtime directory.
+
+    Synchronization: any thread. Deleting a VM and writing its keys exclude each other and themselves; all else runs
+    side by side, and a stuck worker delays only those who ask for its VM.
+    """
+
+    def __init__(self, runtime: RuntimeDirectory, starter: WorkerStarter) -> None:
+        self._runtime = runtime
+        self._starter = starter
+        self._busy: set[str] = set()
+        self._starting: set[str] = set()
+        self._ending: set[str] = set()
+        self._lock = threading.Lock()
+
+    def create(self, spec: Spec) -> Vm:
+        """Start a worker that makes the VM. SkeydError VM_EXISTS, TOO_MANY_VMS, or why it could not be made."""
+        self._starter.reap()
+        if spec.vm_id in self._runtime.vm_ids():
+            # Said here too, since a VM that is being written to would answer VM_BUSY, and trying again never helps.
+            name = f"vms/{spec.vm_id}"
+            raise SkeydError(Reason.VM_EXISTS, f"{name} exists", {"vm": name})
+        with self._exclusively(spec.vm_id), self._listed_in(self._starting, spec.vm_id):
+            with self._lock:  # so that two at once don't both find room for the last one
+                if len(self._runtime.vm_ids()) >= MAX_VMS:
+                    raise SkeydError(Reason.TOO_MANY_VMS, f"this host has {MAX_VMS} VMs, as many as are allowed")
+                directory = self._runtime.create_vm(spec)
+            try:
+                try:
+                    self._starter.start(directory, spec)
+                except BaseException as error:
+                    if isinstance(error, SkeydError) and error.reason is Reason.WORKER_FAILED:
+                        # Its log goes with its directory.
+                        error.metadata["worker_log"] = directory.log_end()
+                    self._runtime.remove_vm(directory)
+                    raise
+                with self._lock:
+                    self._starting.discard(spec.vm_id)
+                return self._look(directory)
+            finally:
+                directory.close()
+
+    def get(self, vm_id: str) -> Vm:
+        """Look at one VM. SkeydError VM_NOT_FOUND."""
+        self._starter.reap()
+        with self._runtime.open_vm(vm_id) as directory:
+            return self._look(directory)
+
+    def list_all(self) -> list[Vm]:
+        """Look at all VMs, in order of id. One that doesn't answer costs WORKER_HELLO_SECONDS, not that each."""
+        self._starter.reap()
+        ids = self._runtime.vm_ids()
+        if not ids:
+            return []
+        with ThreadPoolExecutor(min(_ASKED_AT_ONCE, len(ids)), "list-vms") as pool:
+            return [vm for vm in pool.map(self._get_if_there, ids) if vm is not None]
+
+    def count(self) -> int:
+        """How many VMs there are, without a look at any."""
+        return len(self._runtime.vm_ids())
+
+    def strangers(self) -> list[str]:
+        """Names in the directory of VMs that can't be a VM's."""
+        return self._runtime.strangers()
+
+    def delete(self, vm_id: str) -> None:
+        """End a VM and free its name. SkeydError VM_QUARANTINED where skeyd can't tell what it would end; VM_BUSY."""
+        with self._exclusively(vm_id), self._runtime.open_vm(vm_id) as directory:
+            session, vm = self._connect(directory)
+            if session is not None:
+                with session, self._listed_in(self._ending, vm_id):
+                    # Before anything is ended: afterwards the VM would be gone and its name still taken.
+                    self._runtime.require_own_files(directory)
+                    _end(session)
+            elif vm.state is not VmState.DEAD:
+                raise _not_ready(vm)
+            self._starter.reap()
+            self._runtime.remove_vm(directory)
+
+    @contextmanager
+    def session(self, vm_id: str) -> Iterator[Session]:
+        """Talk with a VM's worker. SkeydError VM_NOT_FOUND, VM_DEAD, VM_QUARANTINED, WORKER_LOST."""
+        with self._runtime.open_vm(vm_id) as directory:
+            session, vm = self._connect(directory)
+        if session is None:
+            raise _not_ready(vm)
+        with session:
+            if vm.state is not VmState.READY:
+                raise _not_ready(vm)
+            yield session
+
+    @contextmanager
+    def writing(self, vm_id: str) -> Iterator[Session]:
+        """Talk with a VM's worker as the only one who changes anything. As `session`, and VM_BUSY."""
+        with self._exclusively(vm_id), self.session(vm_id) as session:
+            yield session
+
+    def probe_host(self) -> Fields:
+        """Have a worker look at the host."""
+        return self._starter.probe_host()
+
+    @contextmanager
+    def _listed_in(self, ids: set[str], vm_id: str) -> Iterator[None]:
+        with self._lock:
+            ids.add(vm_id)
+        try:
+            yield
+        finally:
+            with self._lock:
+                ids.discard(vm_id)
+
+    @contextmanager
+    def _exclusively(self, vm_id: str) -> Iterator[None]:
+        with self._lock:
+            if vm_id in self._busy:
+                raise SkeydError(
+                    Reason.VM_BUSY,
+                    f"another call is creating, changing or deleting vms/{vm_id}",
+                    {"vm": f"vms/{vm_id}"},
+                )
+            self._busy.add(vm_id)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._busy.remove(vm_id)
+
+    def _get_if_there(self, vm_id: str) -> Vm | None:
+        try:
+            return self.get(vm_id)
+        except SkeydError as error:
+            if error.reason is Reason.VM_NOT_FOUND:
+                return None
+            return Vm(vm_id, VmState.QUARANTINED, error.message)
+        except OSError as error:  # the host is short of something; that says nothing of the VM
+            return Vm(vm_id, VmState.QUARANTINED, f"it can't be looked at now: {error.strerror}")
+
+    def _look(self, directory: VmDirectory) -> Vm:
+        session, vm = self._connect(directory)
+        if session is not None:
+            session.close()
+        return vm
+
+    def _connect(self, directory: VmDirectory) -> tuple[Session | None, Vm]:
+        # What is known of the VM, and its worker's session where the worker is the one that was started for it.
+        try:
+            return self._try_to_connect(directory)
+        except OSError as error:
+            if exhausted(error):
+                raise
+            return None, Vm(directory.vm_id, VmState.QUARANTINED, f"its directory can't be used: {error.strerror}")
+
+    def _try_to_connect(self, directory: VmDirectory) -> tuple[Session | None, Vm]:
+        try:
+            record = directory.read_record()
+        except ProtocolError as error:
+            return None, Vm(directory.vm_id, VmState.QUARANTINED, f"its record can't be read: {error}")
+        if record.vm_id != directory.vm_id:
+            return None, Vm(directory.vm_id, VmState.QUARANTINED, f"its record is that of {record.vm_id}")
+
+        def vm(state: VmState, reason: str) -> Vm:
+            return Vm(directory.vm_id, state, reason, uid=record.uid, kind=record.kind, created=record.created)
+
+        if directory.vm_id in self._ending:
+            return None, vm(VmState.DEAD, "it is being deleted")
+        if directory.vm_id in self._starting:
+            # Its lock may not be taken yet, and without it a VM looks dead.
+            return None, vm(VmState.CREATING, "its worker is being started")
+        try:
+            session = Session.connect(directory.fd)
+        except (TimeoutError, BlockingIOError):  # the second: it has not taken the connections before this one
+            return None, vm(VmState.QUARANTINED, f"its worker did not answer within {WORKER_HELLO_SECONDS:g} s")
+        except FileNotFoundError:
+            if directory.worker_lives():
+                if time.time() > record.created + 2 * WORKER_START_SECONDS:
+                    return None, vm(VmState.QUARANTINED, "its worker lives and its socket is gone")
+                return None, vm(VmState.CREATING, "its worker has not opened its socket yet")
+            return None, vm(VmState.DEAD, "it has no worker")
+        except OSError as error:
+            if exhausted(error):
+                raise
+            if directory.worker_lives():
+                return None, vm(VmState.QUARANTINED, f"its worker lives and can't be reached: {error}")
+            return None, vm(VmState.DEAD, "its worker is gone")
+        except ProtocolError as error:
+            return None, vm(VmState.QUARANTINED, f"what answers is not its worker: {error}")
+        hello = session.hello
+        if (hello.vm_id, hello.uid) != (record.vm_id, record.uid):
+            session.close()
+            what = f"what answers is the worker of {hello.vm_id} (uid {hello.uid})"
+            return None, vm(VmState.QUARANTINED, what)
+        known = Vm(
+            vm_id=directory.vm_id,
+            state=VmState.READY,
+            uid=hello.uid,
+            kind=hello.kind,
+            created=hello.created,
+            incarnation=hello.incarnation,
+            kernel=hello.kernel,
+            worker_version=hello.version,
+            worker_pid=hello.pid,
+            slots=hello.slots,
+        )
+        try:
+            return session, replace(known, uses_keys=session.uses_keys())
+        except SkeydError as error:
+            # Who it is is known; what its guest does is not.
+            if error.reason is Reason.VM_DEAD:
+                return session, replace(known, state=VmState.DEAD, state_reason=error.message)
+            if error.reason not in (Reason.WORKER_LOST, Reason.WORKER_FAILED):
+                return session, replace(known, state_reason=error.message)
+            session.close()
+            if error.reason is Reason.WORKER_LOST and not directory.worker_lives():
+                return None, vm(VmState.DEAD, "its worker is gone")
+            return None, vm(VmState.QUARANTINED, error.message)
+
+
+def _end(session: Session) -> None:
+    hello = session.hello
+    try:
+        process = os.pidfd_open(hello.pid)
+    except ProcessLookupError:
+        return  # it ended by itself since it answered
+    try:
+        # Its answer comes through the session, so the process is the worker and no other that got its number.
+        session.shut_down()
+        poll = select.poll()
+        poll.register(process, select.POLLIN)
+        ended = poll.poll(WORKER_END_SECONDS * 1000)
+    finally:
+        os.close(process)
+    if not ended:
+        name = f"vms/{hello.vm_id}"
+        raise SkeydError(
+            Reason.WORKER_LOST,
+            f"the worker of {name} (pid {hello.pid}) agreed to end and has not in {WORKER_END_SECONDS:g} s",
+            {"vm": name},
+        )
+
+
+def _not_ready(vm: Vm) -> SkeydError:
+    reason = {
+        VmState.DEAD: Reason.VM_DEAD,
+        VmState.QUARANTINED: Reason.VM_QUARANTINED,
+    }.get(vm.state, Reason.WORKER_LOST)
+    name = f"vms/{vm.vm_id}"
+    return SkeydError(reason, f"{name} is {vm.state.value}: {vm.state_reason}", {"vm": name})

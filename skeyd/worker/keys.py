@@ -1,0 +1,124 @@
+"""Keys that stay: reading and verified setting over any Backend.
+
+SET, GET, compare, SET again what differs. Linux 4.19 to 6.19 lose keys silently (docs/kernel.md, "The lost keys"),
+and no other user of the ioctl looks.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final
+
+from skeyd.errors import Reason, SkeydError
+from skeyd.gfn import GfnRange
+from skeyd.kvm.errors import KvmError
+from skeyd.storage_key import differing_runs, first_reserved, lost_runs
+from skeyd.worker import refusals
+from skeyd.worker.backend import Backend
+
+REPAIRS: Final = 3
+"""How often lost keys are set again. One is enough for every loss that was seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a write came to."""
+
+    repaired: int
+    """Keys that the kernel had lost at first."""
+    enabled: bool
+    """The guest uses storage keys since this write."""
+
+
+class Keys:
+    """The keys of one VM. Every frame is checked against the memory slots before the kernel is asked.
+
+    Synchronization: none; one thread owns it, so nothing comes between a SET and its read-back.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._map = backend.memory_map
+
+    def uses_keys(self) -> bool:
+        """Whether the guest uses storage keys: GET of one frame, which changes nothing."""
+        first = self._map.slots[0].frames.start
+        return self.read(GfnRange(first, 1), memoryview(bytearray(1)))
+
+    def read(self, frames: GfnRange, into: memoryview) -> bool:
+        """Fill `into` with the keys of the frames. False: the guest uses none, and `into` is untouched."""
+        self._map.require_mapped(frames)
+        try:
+            return self._backend.get_skeys(frames.start, into)
+        except KvmError as error:
+            raise refusals.of_key_call(error, frames) from error
+
+    def write(self, frames: GfnRange, keys: bytes, allow_enable: bool) -> Written:
+        """Set the keys of the frames and prove it.
+
+        SkeydError: KEY_RESERVED_BIT, GFN_NOT_MAPPED, SKEYS_NOT_ENABLED, before the kernel is asked to set anything;
+        else with metadata "uncertain", the range of which some frames may have been set.
+        """
+        self._map.require_mapped(frames)
+        bad = first_reserved(keys)
+        if bad is not None:
+            gfn = frames.start + bad
+            raise SkeydError(
+                Reason.KEY_RESERVED_BIT,
+                f"key {keys[bad]:#04x} of gfn {gfn:#x} has the reserved bit 0x01",
+                {"gfn": hex(gfn)},
+            )
+        was_enabled = self.uses_keys()
+        if not was_enabled and not allow_enable:
+            raise SkeydError(
+                Reason.SKEYS_NOT_ENABLED,
+                "the guest uses no storage keys; setting one enables them for good, which the request must allow",
+            )
+        try:
+            repaired = self._set_verified(frames, keys)
+        except SkeydError as error:
+            error.metadata["uncertain"] = str(frames)
+            with suppress(SkeydError):
+                # SET enables keys even when it then fails.
+                if not was_enabled and self.uses_keys():
+                    error.metadata["enabled"] = "true"
+            raise
+        return Written(repaired, not was_enabled)
+
+    def _set_verified(self, frames: GfnRange, keys: bytes) -> int:
+        wanted = bytearray(keys)
+        found = bytearray(len(keys))
+        self._set(frames, memoryview(wanted))
+        self._read_back(frames, found)
+        lost = lost_runs(wanted, found)
+        repaired = sum(length for _, length in lost)
+        for _ in range(REPAIRS):
+            if not lost:
+                return repaired
+            for index, length in lost:
+                part = GfnRange(frames.start + index, length)
+                self._set(part, memoryview(wanted)[index : index + length])
+            self._read_back(frames, found)
+            lost = lost_runs(wanted, found)
+        # R that is still missing may be the guest's doing, which resets it as it likes; ACC and F are nobody else's.
+        wrong = differing_runs(wanted, found)
+        if wrong:
+            gfn = frames.start + wrong[0][0]
+            count = sum(length for _, length in wrong)
+            raise SkeydError(
+                Reason.KEYS_NOT_STORED,
+                f"the kernel did not keep {count} keys of {frames}, the first at gfn {gfn:#x}, in {REPAIRS} repairs",
+                {"gfn": hex(gfn), "count": str(count)},
+            )
+        return repaired
+
+    def _read_back(self, frames: GfnRange, found: bytearray) -> None:
+        if not self.read(frames, memoryview(found)):
+            raise SkeydError(Reason.KEYS_NOT_STORED, f"after a SET of {frames} the kernel says the guest uses no keys")
+
+    def _set(self, frames: GfnRange, keys: memoryview) -> None:
+        try:
+            self._backend.set_skeys(frames.start, keys)
+        except KvmError as error:
+            raise refusals.of_key_call(error, frames) from error

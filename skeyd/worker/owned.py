@@ -1,0 +1,74 @@
+"""Kind "owned": a VM that this process creates with KVM_CREATE_VM and keeps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from skeyd.kvm import abi
+from skeyd.kvm.errors import KvmError
+from skeyd.kvm.memory import GuestMemory
+from skeyd.kvm.system import Kvm
+from skeyd.worker import refusals
+from skeyd.worker.protocol import SlotSpec, Spec
+from skeyd.worker.slots import check_slots, memory_map
+
+
+class OwnedVm:
+    """A Backend over the real kernel.
+
+    SkeydError from the constructor where the VM can't be made; nothing is left of it then.
+    """
+
+    def __init__(self, spec: Spec, open_kvm: Callable[[], Kvm] = Kvm) -> None:
+        check_slots(spec.slots)
+        self.kernel = os.uname().release
+        self.memory_map = memory_map(spec.slots)
+        with ExitStack() as undo:
+            try:
+                kvm = undo.enter_context(open_kvm())
+                has_calls = kvm.check_extension(abi.KVM_CAP_S390_SKEYS)
+            except (OSError, KvmError) as error:
+                raise refusals.of_opening_kvm(error) from error
+            if not has_calls:
+                raise refusals.no_capability()
+            # Memory first: it is unmapped after the VM is closed.
+            memories = [undo.enter_context(_memory(number, slot)) for number, slot in enumerate(spec.slots)]
+            try:
+                self._vm = undo.enter_context(kvm.create_vm())
+            except KvmError as error:
+                raise refusals.of_create_vm(error) from error
+            for number, (slot, memory) in enumerate(zip(spec.slots, memories, strict=True)):
+                try:
+                    self._vm.set_memory(number, slot.guest_phys_addr, memory)
+                except KvmError as error:
+                    raise refusals.of_memory(error, number, slot.backing == "file") from error
+            kvm.close()
+            self._resources = undo.pop_all()
+
+    def get_skeys(self, start_gfn: int, buffer: memoryview) -> bool:
+        """As the ioctl."""
+        return self._vm.get_skeys(start_gfn, buffer)
+
+    def set_skeys(self, start_gfn: int, buffer: memoryview) -> None:
+        """As the ioctl."""
+        self._vm.set_skeys(start_gfn, buffer)
+
+    def close(self) -> None:
+        """End the VM, then unmap its memory."""
+        self._resources.close()
+
+
+def _memory(number: int, slot: SlotSpec) -> GuestMemory:
+    try:
+        match slot.backing:
+            case "memfd":
+                return GuestMemory.memfd(slot.size)
+            case "file":
+                return GuestMemory.file(slot.path, slot.size)
+            case "anonymous":
+                return GuestMemory.anonymous(slot.size)
+        raise ValueError(f"an owned VM has memory, and {slot.backing!r} is none")
+    except (OSError, ValueError) as error:
+        raise refusals.of_memory(error, number, slot.backing == "file") from error

@@ -1,0 +1,131 @@
+"""The life of a worker process: lock, VM, socket, ready, serve, end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+from contextlib import ExitStack
+from typing import Any, Final
+
+import skeyd
+from skeyd.errors import Reason, SkeydError, exhausted
+from skeyd.kvm.probe import probe_host
+from skeyd.linux import take_lock
+from skeyd.worker.backend import Backend
+from skeyd.worker.channel import address_in
+from skeyd.worker.keys import Keys
+from skeyd.worker.owned import OwnedVm
+from skeyd.worker.protocol import (
+    LOCK,
+    MESSAGE_MAX,
+    SOCKET,
+    Hello,
+    ProtocolError,
+    Spec,
+    decode,
+    error_message,
+)
+from skeyd.worker.service import Service
+from skeyd.worker.simulated import SimulatedVm
+
+_BACKLOG: Final = 64
+
+
+def serve_vm(directory_fd: int) -> int:
+    """Make the VM whose Spec is on standard input and serve it from a directory. Returns the exit status.
+
+    Says {"ok": {}} or an error on standard output, once. After that the standard streams are no concern of its own:
+    whoever started it may be gone.
+    """
+    with ExitStack() as resources:
+        try:
+            service, wake = _prepare(directory_fd, resources)
+        except SkeydError as error:
+            _say(error_message(error))
+            return 1
+        except Exception as error:
+            short = exhausted(error) if isinstance(error, OSError) else None
+            if short is not None:
+                _say(error_message(short))
+                return 1
+            traceback.print_exc()
+            _say(error_message(SkeydError(Reason.WORKER_FAILED, f"the worker failed to start: {error!r}")))
+            return 1
+        _say({"ok": {}})
+        service.run(wake)
+    return 0
+
+
+def report_host() -> int:
+    """Say on standard output what this host can do; for HostService, whose process may not open /dev/kvm."""
+    report = probe_host()
+    _say(
+        {
+            "ok": {
+                "can_own_vms": report.can_own_vms,
+                "findings": [
+                    {"name": one.name, "answer": one.answer, "detail": one.detail, "remedy": one.remedy}
+                    for one in report.findings
+                ],
+            }
+        }
+    )
+    return 0
+
+
+def _prepare(directory_fd: int, resources: ExitStack) -> tuple[Service, socket.socket]:
+    try:
+        spec = Spec.from_message(decode(sys.stdin.buffer.read(MESSAGE_MAX + 1), "the spec"))
+    except ProtocolError as error:
+        raise SkeydError(Reason.WORKER_FAILED, str(error)) from error
+    # The lock says "alive" from here to the end of the process, however it ends: it is never unlocked or closed.
+    lock = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=directory_fd)
+    if not take_lock(lock):
+        raise SkeydError(Reason.VM_EXISTS, f"another worker serves {spec.vm_id}")
+    wake = resources.enter_context(_signals())
+    backend: Backend = OwnedVm(spec) if spec.kind == "owned" else SimulatedVm(spec)
+    resources.callback(backend.close)
+    hello = Hello(
+        vm_id=spec.vm_id,
+        uid=spec.uid,
+        incarnation=os.urandom(16).hex(),
+        kind=spec.kind,
+        kernel=backend.kernel,
+        version=skeyd.__version__,
+        pid=os.getpid(),
+        created=spec.created,
+        slots=backend.memory_map.slots,
+    )
+    listener = resources.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+    listener.bind(address_in(directory_fd, SOCKET))
+    listener.listen(_BACKLOG)
+    return Service(listener, hello, Keys(backend)), wake
+
+
+def _signals() -> socket.socket:
+    # SIGTERM (systemd's stop) ends the worker in order; a terminal's signals are meant for the front.
+    wake, sender = socket.socketpair()
+    sender.setblocking(False)
+    signal.set_wakeup_fd(sender.detach())
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    for ignored in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
+    return wake
+
+
+def _say(message: dict[str, Any]) -> None:
+    try:
+        sys.stdout.write(json.dumps(message) + "\n")
+        sys.stdout.flush()
+    except OSError:
+        pass  # nobody listens any more; the VM is found again by its directory
+    finally:
+        # Keep number 1 taken, but by nothing that blocks or breaks.
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)
+        os.dup2(null, 1)
+        os.close(null)

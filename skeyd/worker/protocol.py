@@ -1,0 +1,316 @@
+"""What front and worker say to each other: one JSON object a packet, every field checked by the receiver.
+
+The socket is SOCK_SEQPACKET, which keeps packets apart, so that no length is ever parsed. The keys themselves never
+pass through it: they lie in the two halves ("buffers") of a sealed memfd that the worker makes for each connection.
+
+    worker → front   hello, at once when the connection is accepted
+    front → worker   {"op": "status"}                                  → {"ok": {"uses_keys": bool}}
+                     {"op": "attach"}                                  → {"ok": {}} and the memfd
+                     {"op": "get", "buffer", "start", "count"}         → {"ok": {"uses_keys": bool}}
+                     {"op": "set", "buffer", "start", "count", "allow_enable"}
+                                                                       → {"ok": {"repaired": int, "enabled": bool}}
+                     {"op": "shutdown", "uid"}                         → {"ok": {}}, then the worker ends
+    any              {"error": {"reason", "message", "metadata"}}
+
+Answers come in the order of the requests. A worker is started with a `Spec` on its standard input and says
+{"ok": {}} or an error, one line, on its standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+from skeyd.errors import Reason, SkeydError
+from skeyd.gfn import GfnRange, MemoryMap, MemorySlot
+from skeyd.storage_key import FRAME_SIZE, GFN_LIMIT
+
+PROTOCOL: Final = 1
+"""Raised with every change that an older peer would misread."""
+
+MESSAGE_MAX: Final = 64 * 1024
+"""Bytes in a packet."""
+
+SLICE_KEYS: Final = 262_144
+"""Most keys a request, and so an ioctl: with two buffers this was 99 % of the speed of a bare ioctl loop."""
+
+BUFFERS: Final = 2
+"""One is filled while the other is sent."""
+
+BUFFER_BYTES: Final = BUFFERS * SLICE_KEYS
+
+LOCK: Final = "worker.lock"
+"""File in the VM's directory that its worker holds locked for as long as it lives."""
+
+SOCKET: Final = "worker.sock"
+"""Socket in the VM's directory that its worker listens on."""
+
+KINDS: Final = ("owned", "simulated")
+BACKINGS: Final = ("anonymous", "memfd", "file", "none")
+"""The last is what a simulated VM has."""
+SIMULATED_KERNELS: Final = ("4.19", "7.0", "7.2")
+"""The first release of each generation that a simulated VM can follow."""
+
+MAX_MEMORY_SLOTS: Final = 32
+"""KVM_USER_MEM_SLOTS of the oldest kernels with the two calls; a host has at least as many."""
+
+MAX_MEMORY: Final = (((1 << 31) - 1) << 12) & ~((1 << 20) - 1)
+"""Bytes in a slot: KVM_MEM_MAX_NR_PAGES, 2^31 - 1 frames (include/linux/kvm_host.h @ v6.12), in whole MiB."""
+
+VM_ID: Final = re.compile(r"[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?")
+UID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+INCARNATION: Final = re.compile(r"[0-9a-f]{32}")
+_TEXT_MAX: Final = 1024
+CREATED_MAX: Final = 253_402_300_799
+"""The end of the year 9999, and of what a google.protobuf.Timestamp holds."""
+
+
+class ProtocolError(Exception):
+    """The other side sent what the protocol forbids. The message names it."""
+
+
+class Fields:
+    """A JSON object whose fields are taken one by one, each checked. ProtocolError names the first that is wrong."""
+
+    def __init__(self, value: object, what: str) -> None:
+        if not isinstance(value, dict):
+            raise ProtocolError(f"{what} is no object")
+        self._fields: dict[str, Any] = value
+        self._what = what
+
+    def has(self, name: str) -> bool:
+        """Whether there is a field of that name that isn't null."""
+        return self._fields.get(name) is not None
+
+    def integer(self, name: str, least: int, most: int) -> int:
+        """Take a whole number between two bounds, both included."""
+        value = self._fields.get(name)
+        if type(value) is not int or not least <= value <= most:
+            raise ProtocolError(f"{self._what}: {name} is no number from {least} to {most}")
+        return value
+
+    def boolean(self, name: str) -> bool:
+        """Take true or false."""
+        value = self._fields.get(name)
+        if not isinstance(value, bool):
+            raise ProtocolError(f"{self._what}: {name} is neither true nor false")
+        return value
+
+    def text(self, name: str, form: re.Pattern[str] | None = None) -> str:
+        """Take a printable string of at most 1,024 characters, all of which a pattern matches if one is given."""
+        value = self._fields.get(name)
+        # Printable: it is shown on terminals and written into logs and protobufs, which take no lone surrogates.
+        if not isinstance(value, str) or len(value) > _TEXT_MAX or not value.isprintable():
+            raise ProtocolError(f"{self._what}: {name} is no text of at most {_TEXT_MAX} characters")
+        if form and not form.fullmatch(value):
+            raise ProtocolError(f"{self._what}: {name} is no text of the right form")
+        return value
+
+    def choice(self, name: str, choices: tuple[str, ...]) -> str:
+        """Take one of a few words."""
+        value = self._fields.get(name)
+        if not isinstance(value, str) or value not in choices:
+            raise ProtocolError(f"{self._what}: {name} is none of {', '.join(choices)}")
+        return value
+
+    def objects(self, name: str, most: int) -> list[Fields]:
+        """Take a list of objects."""
+        value = self._fields.get(name)
+        if not isinstance(value, list) or len(value) > most:
+            raise ProtocolError(f"{self._what}: {name} is no list of at most {most}")
+        return [Fields(one, f"{self._what}: {name}[{index}]") for index, one in enumerate(value)]
+
+    def object(self, name: str) -> Fields:
+        """Take an object."""
+        return Fields(self._fields.get(name), f"{self._what}: {name}")
+
+    def texts(self) -> dict[str, str]:
+        """Take all fields, which must be strings."""
+        return {name: self.text(name) for name in self._fields}
+
+
+def encode(message: dict[str, Any]) -> bytes:
+    """Write a message down. ProtocolError where it doesn't fit a packet."""
+    data = json.dumps(message, separators=(",", ":")).encode()
+    if len(data) > MESSAGE_MAX:
+        raise ProtocolError(f"a message of {len(data)} bytes doesn't fit a packet")
+    return data
+
+
+def decode(data: bytes, what: str) -> Fields:
+    """Read a message. ProtocolError for anything but one JSON object of at most MESSAGE_MAX bytes."""
+    if len(data) > MESSAGE_MAX:
+        raise ProtocolError(f"{what} is longer than a packet may be")
+    try:
+        return Fields(json.loads(data), what)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"{what} is no JSON: {error}") from None
+
+
+def error_message(error: SkeydError) -> dict[str, Any]:
+    """Put an error into an answer."""
+    text = {name: _printable(value) for name, value in error.metadata.items()}
+    return {"error": {"reason": error.reason.name, "message": _printable(error.message), "metadata": text}}
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else "?" for character in text[:_TEXT_MAX])
+
+
+def take_answer(answer: Fields) -> Fields:
+    """Return what is in a good answer; raise the SkeydError that is in the other kind."""
+    if not answer.has("error"):
+        return answer.object("ok")
+    error = answer.object("error")
+    name, message = error.text("reason"), error.text("message")
+    if name not in Reason.__members__:
+        raise SkeydError(Reason.WORKER_FAILED, f"the worker gave a reason unknown here, {name}: {message}")
+    raise SkeydError(Reason[name], message, error.object("metadata").texts())
+
+
+@dataclass(frozen=True, slots=True)
+class SlotSpec:
+    """Memory to give a new VM."""
+
+    guest_phys_addr: int
+    """Bytes."""
+    size: int
+    """Bytes."""
+    backing: str
+    """One of BACKINGS."""
+    path: str = ""
+    """For "file": which."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """All that a worker needs to know to make its VM."""
+
+    vm_id: str
+    uid: str
+    kind: str
+    """One of KINDS."""
+    slots: tuple[SlotSpec, ...]
+    created: int
+    """Seconds since 1970."""
+    simulated_kernel: str = SIMULATED_KERNELS[-1]
+    """One of SIMULATED_KERNELS."""
+
+    def to_message(self) -> dict[str, Any]:
+        """Write it down."""
+        return {
+            "protocol": PROTOCOL,
+            "id": self.vm_id,
+            "uid": self.uid,
+            "kind": self.kind,
+            "created": self.created,
+            "simulated_kernel": self.simulated_kernel,
+            "slots": [
+                {
+                    "guest_phys_addr": slot.guest_phys_addr,
+                    "size": slot.size,
+                    "backing": slot.backing,
+                    "path": slot.path,
+                }
+                for slot in self.slots
+            ],
+        }
+
+    @classmethod
+    def from_message(cls, message: Fields) -> Self:
+        """Read it. ProtocolError for anything that is none."""
+        message.integer("protocol", PROTOCOL, PROTOCOL)
+        return cls(
+            vm_id=message.text("id", VM_ID),
+            uid=message.text("uid", UID),
+            kind=message.choice("kind", KINDS),
+            created=message.integer("created", 0, CREATED_MAX),
+            simulated_kernel=message.choice("simulated_kernel", SIMULATED_KERNELS),
+            slots=tuple(
+                SlotSpec(
+                    slot.integer("guest_phys_addr", 0, GFN_LIMIT - 1),
+                    slot.integer("size", 1, MAX_MEMORY),
+                    slot.choice("backing", BACKINGS),
+                    slot.text("path"),
+                )
+                for slot in message.objects("slots", MAX_MEMORY_SLOTS)
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Who a worker is: what it says to everybody who connects."""
+
+    vm_id: str
+    uid: str
+    incarnation: str
+    kind: str
+    kernel: str
+    version: str
+    pid: int
+    created: int
+    """Seconds since 1970."""
+    slots: tuple[MemorySlot, ...]
+
+    def to_message(self) -> dict[str, Any]:
+        """Write it down."""
+        return {
+            "protocol": PROTOCOL,
+            "id": self.vm_id,
+            "uid": self.uid,
+            "incarnation": self.incarnation,
+            "kind": self.kind,
+            "kernel": self.kernel,
+            "version": self.version,
+            "pid": self.pid,
+            "created": self.created,
+            "slots": [
+                {
+                    "slot": one.slot,
+                    "start": one.frames.start,
+                    "count": one.frames.count,
+                    "backing": one.backing,
+                }
+                for one in self.slots
+            ],
+        }
+
+    @classmethod
+    def from_message(cls, message: Fields) -> Self:
+        """Read it. ProtocolError for anything that is none, another protocol version included."""
+        message.integer("protocol", PROTOCOL, PROTOCOL)
+        slots = tuple(
+            MemorySlot(
+                slot.integer("slot", 0, MAX_MEMORY_SLOTS - 1),
+                _frames(slot),
+                slot.choice("backing", BACKINGS),
+            )
+            for slot in message.objects("slots", MAX_MEMORY_SLOTS)
+        )
+        if not slots:
+            raise ProtocolError("a worker without memory slots")
+        try:
+            MemoryMap(slots)
+        except SkeydError as error:
+            raise ProtocolError(f"memory slots that overlap: {error.message}") from None
+        return cls(
+            vm_id=message.text("id", VM_ID),
+            uid=message.text("uid", UID),
+            incarnation=message.text("incarnation", INCARNATION),
+            kind=message.choice("kind", KINDS),
+            kernel=message.text("kernel"),
+            version=message.text("version"),
+            pid=message.integer("pid", 1, 1 << 31),
+            created=message.integer("created", 0, CREATED_MAX),
+            slots=slots,
+        )
+
+
+def _frames(slot: Fields) -> GfnRange:
+    try:
+        return GfnRange(slot.integer("start", 0, GFN_LIMIT - 1), slot.integer("count", 1, GFN_LIMIT // FRAME_SIZE))
+    except SkeydError as error:
+        raise ProtocolError(error.message) from None

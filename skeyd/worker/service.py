@@ -1,0 +1,179 @@
+"""Answers to the front: one thread, one request at a time, every connection served in turn."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import selectors
+import socket
+import traceback
+from typing import Any, Final
+
+from skeyd.errors import Reason, SkeydError
+from skeyd.gfn import GfnRange
+from skeyd.linux import peer_of, sealed_memfd
+from skeyd.storage_key import GFN_LIMIT
+from skeyd.worker.channel import Channel, close_all
+from skeyd.worker.keys import Keys
+from skeyd.worker.protocol import (
+    BUFFER_BYTES,
+    BUFFERS,
+    SLICE_KEYS,
+    Fields,
+    Hello,
+    ProtocolError,
+    error_message,
+)
+
+MAX_CONNECTIONS: Final = 128
+"""Connections at once; one more is closed unanswered. Each costs BUFFER_BYTES at most."""
+
+
+class _Connection:
+    def __init__(self, connection: socket.socket) -> None:
+        self.channel = Channel(connection)
+        self.buffers: mmap.mmap | None = None
+
+    def close(self) -> None:
+        self.channel.close()
+        if self.buffers is not None:
+            self.buffers.close()
+
+
+class Service:
+    """Serves one VM's keys on a listening socket until it is told to end, by a shutdown request or by `stop`.
+
+    A connection that breaks the protocol is closed; the others and the VM go on.
+    """
+
+    def __init__(self, listener: socket.socket, hello: Hello, keys: Keys) -> None:
+        self._listener = listener
+        self._hello = hello
+        self._keys = keys
+        self._connections: set[_Connection] = set()
+        self._selector = selectors.DefaultSelector()
+        self._running = True
+
+    def run(self, wake: socket.socket) -> None:
+        """Serve. A byte on `wake` (a signal's) ends it."""
+        self._listener.setblocking(False)
+        self._selector.register(self._listener, selectors.EVENT_READ, None)
+        self._selector.register(wake, selectors.EVENT_READ, wake)
+        try:
+            while self._running:
+                for key, _ in self._selector.select():
+                    if key.data is None:
+                        self._accept()
+                    elif isinstance(key.data, _Connection):
+                        self._serve(key.data)
+                    else:
+                        self._running = False
+        finally:
+            for connection in list(self._connections):
+                self._drop(connection)
+            self._selector.close()
+
+    def _accept(self) -> None:
+        try:
+            accepted, _ = self._listener.accept()
+        except OSError:
+            return  # gone before it was met
+        # Never wait for a peer: answers are small, and one that doesn't take them is dropped.
+        accepted.setblocking(False)
+        connection = _Connection(accepted)
+        if len(self._connections) >= MAX_CONNECTIONS or peer_of(accepted).uid not in (0, os.geteuid()):
+            connection.close()
+            return
+        self._connections.add(connection)
+        self._selector.register(accepted, selectors.EVENT_READ, connection)
+        self._send(connection, self._hello.to_message())
+
+    def _serve(self, connection: _Connection) -> None:
+        try:
+            received = connection.channel.receive("request")
+        except BlockingIOError:
+            return
+        except (ProtocolError, OSError):
+            self._drop(connection)
+            return
+        if received is None:
+            self._drop(connection)
+            return
+        request, fds = received
+        close_all(fds)  # the front has none to send
+        if connection.channel.is_ended():
+            # Who asked has given up, and has told its client so: nothing may be changed for it any more.
+            self._drop(connection)
+            return
+        try:
+            answer, fd = self._answer(connection, request)
+        except SkeydError as error:
+            self._send(connection, error_message(error))
+        except ProtocolError:
+            self._drop(connection)
+        except Exception as error:
+            # The VM dies with this process, so no mistake in one answer may end it.
+            traceback.print_exc()
+            failed = SkeydError(Reason.WORKER_FAILED, f"the worker failed: {type(error).__name__}")
+            self._send(connection, error_message(failed))
+        else:
+            self._send(connection, {"ok": answer}, fd)
+
+    def _answer(self, connection: _Connection, request: Fields) -> tuple[dict[str, Any], int | None]:
+        match request.text("op"):
+            case "status":
+                return {"uses_keys": self._keys.uses_keys()}, None
+            case "attach":
+                return {}, self._attach(connection)
+            case "get":
+                frames, view = self._slice(connection, request)
+                with view:
+                    return {"uses_keys": self._keys.read(frames, view)}, None
+            case "set":
+                frames, view = self._slice(connection, request)
+                with view:
+                    # A copy: the front can still write to the buffer while the kernel and the read-back look at it.
+                    keys = bytes(view)
+                written = self._keys.write(frames, keys, request.boolean("allow_enable"))
+                return {"repaired": written.repaired, "enabled": written.enabled}, None
+            case "shutdown":
+                if request.text("uid") != self._hello.uid:
+                    raise ProtocolError("shutdown of another VM")
+                self._running = False
+                return {}, None
+        raise ProtocolError("no such op")
+
+    def _attach(self, connection: _Connection) -> int:
+        if connection.buffers is not None:
+            raise ProtocolError("attached twice")
+        fd = sealed_memfd("skeyd-keys", BUFFER_BYTES)
+        try:
+            connection.buffers = mmap.mmap(fd, BUFFER_BYTES)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _slice(self, connection: _Connection, request: Fields) -> tuple[GfnRange, memoryview]:
+        if connection.buffers is None:
+            raise ProtocolError("not attached")
+        at = request.integer("buffer", 0, BUFFERS - 1) * SLICE_KEYS
+        start = request.integer("start", 0, GFN_LIMIT - 1)
+        frames = GfnRange(start, request.integer("count", 1, SLICE_KEYS))
+        with memoryview(connection.buffers) as whole:
+            return frames, whole[at : at + frames.count]
+
+    def _send(self, connection: _Connection, message: dict[str, Any], fd: int | None = None) -> None:
+        try:
+            connection.channel.send(message, () if fd is None else (fd,))
+        except OSError:
+            self._drop(connection)
+        finally:
+            if fd is not None:
+                os.close(fd)
+
+    def _drop(self, connection: _Connection) -> None:
+        if connection in self._connections:
+            self._connections.remove(connection)
+            self._selector.unregister(connection.channel.connection)
+            connection.close()

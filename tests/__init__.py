@@ -1,0 +1,1 @@
+"""Mirrors skeyd/; emulated/ runs on a real s390x kernel."""

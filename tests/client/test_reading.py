@@ -1,0 +1,194 @@
+"""What the client makes of GetSkeys: the keys that the daemon sent, all of them, or an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from skeyd.client import Client, ClientError, Gap, Keys, StreamError, connect
+from skeyd.client.keys import KeyStream
+from skeyd.gfn import GfnRange
+from skeyd.v1 import storage_key_service_pb2 as pb
+from tests.client.lying_daemon import LyingDaemon, chunk, gap, header, trailer
+from tests.daemon import DaemonProcess
+from tests.rpc.fixtures import NewVm
+from tests.rpc.stubs import SECONDS, Stubs, some_keys
+
+ONE, TWO = b"\x10" * 4, b"\x20\x30"
+GOOD = [header((0, 4), (8, 4)), chunk(0, ONE), chunk(8, TWO), gap(10, 2), trailer(ONE + TWO, 2)]
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[LyingDaemon]:
+    """Serve lies."""
+    with LyingDaemon(tmp_path) as lying:
+        yield lying
+
+
+@pytest.fixture
+def client(daemon: LyingDaemon) -> Iterator[Client]:
+    """Connect to it."""
+    with connect(daemon.target) as connected:
+        yield connected
+
+
+def read(client: Client) -> list[Keys | Gap]:
+    with client.get_skeys("vms/a") as stream:
+        return list(stream)
+
+
+def test_a_good_stream_is_taken(daemon: LyingDaemon, client: Client) -> None:
+    """The fake above all: the lies below differ from this by one thing each."""
+    daemon.says(*GOOD)
+    with client.get_skeys("vms/a") as stream:
+        assert stream.ranges == (GfnRange(0, 4), GfnRange(8, 4))
+        assert stream.frames() == 8
+        assert stream.uses_storage_keys
+        assert list(stream) == [Keys(GfnRange(0, 4), ONE), Keys(GfnRange(8, 2), TWO), Gap(GfnRange(10, 2))]
+
+
+def test_a_guest_without_keys_has_no_frames_to_tell_of(daemon: LyingDaemon, client: Client) -> None:
+    daemon.says(header((0, 4), uses_keys=False), trailer(b""))
+    with client.get_skeys("vms/a") as stream:
+        assert not stream.uses_storage_keys
+        assert stream.frames() == 0
+        assert list(stream) == []
+
+
+LIES = {
+    "nothing": [],
+    "no-header": GOOD[1:],
+    "an-empty-message-first": [pb.GetSkeysResponse(), *GOOD],
+    "a-trailer-alone": [trailer(b"")],
+    "header-with-an-empty-range": [header((0, 4), (8, 0)), *GOOD[1:]],
+    "header-with-an-impossible-range": [header((0, 4), (2**64 - 1, 2)), *GOOD[1:]],
+    "no-trailer": GOOD[:-1],
+    "header-only": GOOD[:1],
+    "a-chunk-left-out": [GOOD[0], *GOOD[2:]],
+    "the-last-chunk-left-out": [*GOOD[:2], *GOOD[3:]],
+    "the-gap-left-out": [*GOOD[:3], GOOD[4]],
+    # with a trailer that fits what came
+    "everything-left-out": [GOOD[0], trailer(b"")],
+    "the-first-range-left-out": [GOOD[0], *GOOD[2:4], trailer(TWO, 2)],
+    "the-last-range-left-out": [*GOOD[:2], trailer(ONE)],
+    "the-end-of-a-range-left-out": [*GOOD[:3], trailer(ONE + TWO)],
+    "a-chunk-twice": [*GOOD[:2], *GOOD[1:4], trailer(ONE + ONE + TWO, 2)],
+    "chunks-the-wrong-way-round": [GOOD[0], *GOOD[2:4], GOOD[1], trailer(TWO + ONE, 2)],
+    "a-chunk-of-a-frame-too-many": [GOOD[0], chunk(0, ONE + b"\x10"), *GOOD[2:4], trailer(ONE + b"\x10" + TWO, 2)],
+    "a-chunk-before-the-range": [header((1, 3), (8, 4)), *GOOD[1:]],
+    "a-chunk-of-the-wrong-frames": [GOOD[0], chunk(1, ONE), *GOOD[2:]],
+    "a-chunk-without-frames": [*GOOD[:2], chunk(4, b""), *GOOD[2:]],
+    "an-impossible-chunk": [header((2**64 - 1, 1)), chunk(2**64 - 1, b"\x10\x10"), trailer(b"\x10\x10")],
+    "a-gap-out-of-its-range": [*GOOD[:3], gap(10, 3), trailer(ONE + TWO, 3)],
+    "a-gap-in-no-range": [*GOOD[:2], gap(4, 4), *GOOD[2:4], trailer(ONE + TWO, 6)],
+    "a-gap-without-frames": [*GOOD[:3], gap(10, 0), *GOOD[3:]],
+    "an-impossible-gap": [*GOOD[:3], gap(10, 2**64 - 1), *GOOD[3:]],
+    "a-wrong-checksum": [GOOD[0], chunk(0, ONE, crc32=0), *GOOD[2:]],
+    "keys-changed-on-the-way": [GOOD[0], chunk(0, ONE, data=b"\x10\x10\x18\x10"), *GOOD[2:]],
+    "keys-cut-off": [GOOD[0], chunk(0, ONE, data=ONE[:3]), *GOOD[2:]],
+    "keys-left-over": [GOOD[0], chunk(0, ONE, data=ONE + b"\x10"), *GOOD[2:]],
+    "no-encoding": [GOOD[0], chunk(0, ONE, encoding=0), *GOOD[2:]],
+    "an-unknown-encoding": [GOOD[0], chunk(0, ONE, encoding=77), *GOOD[2:]],
+    "a-reserved-bit": [GOOD[0], chunk(0, b"\x10\x11\x10\x10"), *GOOD[2:4], trailer(b"\x10\x11\x10\x10" + TWO, 2)],
+    "wrong-count-of-keys": [*GOOD[:4], trailer(ONE + TWO, 2, keys=7)],
+    "wrong-count-of-gaps": [*GOOD[:4], trailer(ONE + TWO, 3)],
+    "a-wrong-checksum-of-all": [*GOOD[:4], trailer(ONE + TWO, 2, crc32=1)],
+    "a-second-header": [*GOOD[:2], GOOD[0], *GOOD[2:]],
+    "an-empty-message": [*GOOD[:2], pb.GetSkeysResponse(), *GOOD[2:]],
+    "more-after-all-ranges": [*GOOD[:4], chunk(12, b"\x10"), trailer(ONE + TWO + b"\x10", 2)],
+    "more-after-the-trailer": [*GOOD, chunk(12, b"\x10")],
+    "a-second-trailer": [*GOOD, GOOD[4]],
+    "keys-of-a-guest-without": [header((0, 4), uses_keys=False), chunk(0, ONE), trailer(ONE)],
+    "a-count-of-keys-of-a-guest-without": [header((0, 4), uses_keys=False), trailer(ONE)],
+}
+
+
+@pytest.mark.parametrize("parts", LIES.values(), ids=LIES)
+def test_a_stream_that_is_not_whole_and_in_order_is_an_error(
+    daemon: LyingDaemon, client: Client, parts: list[pb.GetSkeysResponse]
+) -> None:
+    daemon.says(*parts)
+    with pytest.raises(StreamError) as caught:
+        read(client)
+    assert str(caught.value)
+
+
+@settings(deadline=None)
+@example([0, 1, 2, 3, 4], [], 0)
+@given(st.permutations(range(len(GOOD))), st.lists(st.integers(0, len(GOOD) - 1), max_size=2), st.integers(0, 5))
+def test_no_reordering_repetition_or_loss_of_parts_goes_unseen(order: list[int], again: list[int], cut: int) -> None:
+    parts = [*order, *again][: len(order) + len(again) - cut]
+    try:
+        list(KeyStream(iter([GOOD[number] for number in parts])))
+    except StreamError:
+        assert parts != [0, 1, 2, 3, 4]
+    else:
+        assert parts == [0, 1, 2, 3, 4]
+
+
+def test_what_came_before_the_lie_was_given_out_and_nothing_after_it(daemon: LyingDaemon, client: Client) -> None:
+    daemon.says(*GOOD[:2], chunk(8, TWO, crc32=0), *GOOD[3:])
+    taken: list[Keys | Gap] = []
+    with client.get_skeys("vms/a") as stream, pytest.raises(StreamError):
+        taken.extend(stream)
+    assert taken == [Keys(GfnRange(0, 4), ONE)]
+
+
+def test_a_stream_can_be_read_once_only(daemon: LyingDaemon, client: Client) -> None:
+    daemon.says(*GOOD)
+    with client.get_skeys("vms/a") as stream:
+        list(stream)
+        with pytest.raises(StreamError):
+            list(stream)
+
+
+def test_an_error_in_the_middle_of_a_stream_is_a_client_error(daemon: LyingDaemon, client: Client) -> None:
+    def reading(context: grpc.ServicerContext) -> Iterator[pb.GetSkeysResponse]:
+        yield from GOOD[:3]
+        context.abort(grpc.StatusCode.UNAVAILABLE, "the worker was lost")
+
+    daemon.reading = reading
+    with pytest.raises(ClientError) as caught:
+        read(client)
+    assert (caught.value.code, caught.value.message) == (grpc.StatusCode.UNAVAILABLE, "the worker was lost")
+
+
+def test_an_error_after_the_trailer_is_one_still(daemon: LyingDaemon, client: Client) -> None:
+    def reading(context: grpc.ServicerContext) -> Iterator[pb.GetSkeysResponse]:
+        yield from GOOD
+        context.abort(grpc.StatusCode.DATA_LOSS, "not so")
+
+    daemon.reading = reading
+    with pytest.raises(ClientError):
+        read(client)
+
+
+def test_leaving_a_stream_early_ends_the_call(shared_daemon: DaemonProcess, stubs: Stubs, new_vm: NewVm) -> None:
+    vm = new_vm((0, 4 << 20))
+    stubs.set(vm, [(0, b"\x10")])
+    with shared_daemon.connect() as client, client.get_skeys(vm) as stream:
+        assert next(iter(stream)) == Keys(GfnRange(0, 262_144), b"\x10" + bytes(262_143))
+    method = "/skeyd.v1.StorageKeyService/GetSkeys"
+    assert shared_daemon.wait_for_line("rpc", SECONDS, method=method, vm=vm)["code"] == "CANCELLED"
+
+
+def test_ranges_and_chunk_size_are_passed_on(shared_daemon: DaemonProcess, stubs: Stubs, new_vm: NewVm) -> None:
+    vm = new_vm((0, 1), (2, 1))
+    keys = some_keys(256)
+    stubs.set(vm, [(0, keys)])
+    with shared_daemon.connect() as client:
+        with client.get_skeys(vm, [GfnRange(1, 3), GfnRange(255, 258)], max_chunk_keys=2) as stream:
+            parts = list(stream)
+        assert client.get_vm(vm).uses_storage_keys
+    assert parts == [
+        Keys(GfnRange(1, 2), keys[1:3]),
+        Keys(GfnRange(3, 1), keys[3:4]),
+        Keys(GfnRange(255, 1), keys[255:]),
+        Gap(GfnRange(256, 256)),
+        Keys(GfnRange(512, 1), b"\0"),
+    ]

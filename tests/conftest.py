@@ -1,0 +1,79 @@
+"""What every test can ask for, and what every test is held to: no process stays behind."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.daemon import DaemonProcess
+from tests.processes import adopt_orphans, children, end
+
+
+def pytest_configure() -> None:
+    """Become the parent of whatever outlives its own, so that nothing can hide."""
+    adopt_orphans()
+
+
+@pytest.fixture(autouse=True)
+def no_process_left() -> Iterator[None]:
+    """Fail a test that leaves a process behind, and end it."""
+    before = children()
+    yield
+    left = children() - before
+    for process in left:
+        end(process)
+    assert not left, f"processes left behind: {sorted(map(str, left))}"
+
+
+@pytest.fixture
+def runtime_dir() -> Iterator[Path]:
+    """Make a private directory with a path short enough for gRPC's socket; gone afterwards."""
+    path = Path(tempfile.mkdtemp(prefix="skeyd-"))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def daemon(runtime_dir: Path) -> Iterator[DaemonProcess]:
+    """Run a daemon for one test, and end its workers afterwards."""
+    process = DaemonProcess(runtime_dir)
+    try:
+        process.start()
+        yield process
+    finally:
+        process.end_everything()
+
+
+@pytest.fixture(scope="session")
+def shared_daemon() -> Iterator[DaemonProcess]:
+    """One daemon for all tests that only need one to talk with; each makes VMs with ids of its own."""
+    path = Path(tempfile.mkdtemp(prefix="skeyd-"))
+    process = DaemonProcess(path)
+    try:
+        process.start("--insecure-tcp", "127.0.0.1:0")
+        yield process
+    finally:
+        process.end_everything()
+        shutil.rmtree(path)
+
+
+@pytest.fixture
+def open_fds() -> Iterator[None]:
+    """Fail a test that leaves a descriptor open. For tests without gRPC, whose own come and go as it likes."""
+    before = _fds()
+    yield
+    assert _fds() == before
+
+
+def _fds() -> dict[str, str]:
+    found = {}
+    for fd in Path("/proc/self/fd").iterdir():
+        try:
+            found[fd.name] = str(fd.readlink())
+        except FileNotFoundError:  # the listing's own
+            continue
+    return found

@@ -1,0 +1,94 @@
+"""R and C: what the host's own accesses to guest memory do to keys."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.contract.conftest import MakeVm
+from tests.contract.kernels import every_kernel, since_7_0, up_to_6_19
+from tests.contract.operations import DONE, Create, Delete
+from tests.contract.subject import SEGMENT, Subject, Vm, slots
+
+R, RC = 0x04, 0x06
+
+
+@up_to_6_19
+@pytest.mark.parametrize("backing", ["anonymous", "memfd"])
+def test_up_to_6_19_a_read_sets_r_and_a_write_sets_r_and_c(subject: Subject, backing: str) -> None:
+    assert subject.shared.play(Create(slots((0, 1), backing=backing))) == [DONE]
+    vm = Vm(subject.shared)
+    vm.touch(0, write=False)
+    vm.touch(1, write=True)
+    vm.touch(2, write=False)
+    vm.touch(2, write=True)
+    assert vm.keys(0, 4) == bytes([R, RC, RC, 0])
+    assert subject.shared.play(Delete()) == [DONE]
+
+
+@up_to_6_19
+def test_up_to_6_19_an_access_leaves_acc_f_and_the_other_of_r_and_c_as_they_are(make_vm: MakeVm) -> None:
+    vm = make_vm()
+    vm.store(0, b"\x38\x38\x32\xf4\xfe")
+    for gfn, write in enumerate([False, True, False, True, False]):
+        vm.touch(gfn, write=write)
+    assert vm.keys(0, 6) == b"\x3c\x3e\x36\xf6\xfe\0"
+
+
+@up_to_6_19
+def test_up_to_6_19_a_set_takes_r_and_c_away_again(make_vm: MakeVm) -> None:
+    vm = make_vm()
+    vm.touch(0, write=True)
+    vm.touch(1, write=True)
+    vm.accept(0, b"\x10\x12")
+    assert vm.keys(0, 2) == b"\x10\x12"
+    vm.touch(0, write=False)
+    assert vm.keys(0, 2) == b"\x14\x12"
+
+
+@up_to_6_19
+def test_up_to_6_19_a_lost_key_leaves_r_and_c_as_they_are_too(make_vm: MakeVm) -> None:
+    vm = make_vm()
+    vm.accept(0, b"\x16")
+    assert vm.keys(0, 1) == b"\0"
+
+
+@up_to_6_19
+@pytest.mark.parametrize("write", [True, False])
+def test_up_to_6_19_enabling_gives_r_and_c_to_every_frame_of_a_touched_segment(keyless_vm: MakeVm, write: bool) -> None:
+    vm = keyless_vm((0, 2))
+    vm.touch(3, write=write)
+    vm.accept(0, b"\x10")
+    assert vm.keys(0, 2 * SEGMENT) == b"\x10" + bytes([RC]) * (SEGMENT - 1) + bytes(SEGMENT)
+
+
+@every_kernel
+def test_an_access_enables_nothing(keyless_vm: MakeVm) -> None:
+    vm = keyless_vm()
+    vm.touch(0, write=True)
+    assert vm.is_keyless()
+
+
+@since_7_0
+@pytest.mark.parametrize("keys", [b"\0\0", b"\x38\x38", b"\xfe\xfe"])
+def test_since_7_0_no_access_of_the_host_changes_a_key(make_vm: MakeVm, keys: bytes) -> None:
+    vm = make_vm()
+    vm.accept(0, keys)
+    vm.touch(0, write=True)
+    vm.touch(1, write=False)
+    assert vm.keys(0, 2) == keys
+
+
+@since_7_0
+def test_since_7_0_enabling_gives_r_and_c_to_no_frame(keyless_vm: MakeVm) -> None:
+    vm = keyless_vm()
+    vm.touch(3, write=True)
+    vm.accept(0, b"\x10")
+    assert vm.keys(0, 8) == b"\x10" + bytes(7)
+
+
+@every_kernel
+def test_reading_keys_sets_neither_r_nor_c(make_vm: MakeVm) -> None:
+    vm = make_vm()
+    vm.store(0, b"\x10\0\x08")
+    for _ in range(2):
+        assert vm.keys(0, 4) == b"\x10\0\x08\0"

@@ -1,0 +1,104 @@
+"""Linux 4.19 to 6.19 answer 0 to a SET and lose the first key other than 0 of each segment without a page table."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from tests.contract.conftest import MakeVm
+from tests.contract.kernels import since_7_0, up_to_6_19
+from tests.contract.operations import Answer
+from tests.contract.subject import SEGMENT, hole
+
+FRAMES = 8 * SEGMENT
+KEYS = bytes(range(0, 256, 2)) * (FRAMES // 128)
+
+
+@up_to_6_19
+def test_up_to_6_19_one_key_of_each_untouched_segment_is_lost_and_the_answer_is_0(make_vm: MakeVm) -> None:
+    vm = make_vm((0, 8))
+    vm.accept(0, b"\x30" * FRAMES)
+    assert vm.keys(0, FRAMES) == (b"\0" + b"\x30" * (SEGMENT - 1)) * 8
+
+
+@up_to_6_19
+def test_up_to_6_19_a_second_set_of_the_same_keys_loses_none(make_vm: MakeVm) -> None:
+    vm = make_vm((0, 8))
+    vm.accept(0, KEYS)
+    # The first key of a segment is 0 here: lost is the second.
+    assert [gfn for gfn, key in enumerate(vm.keys(0, FRAMES)) if key != KEYS[gfn]] == list(range(1, FRAMES, SEGMENT))
+    vm.accept(0, KEYS)
+    assert vm.keys(0, FRAMES) == KEYS
+
+
+@up_to_6_19
+def test_up_to_6_19_it_is_the_first_key_that_is_not_0_wherever_in_the_segment(make_vm: MakeVm) -> None:
+    vm = make_vm()
+    vm.accept(200, bytes(30) + b"\x02\x10" + bytes(30) + b"\x20\x30")
+    assert vm.keys(200, 64) == bytes(31) + b"\x10" + bytes(30) + b"\0\x30"
+
+
+@up_to_6_19
+def test_up_to_6_19_a_zero_key_makes_no_page_table_and_so_saves_no_other(make_vm: MakeVm) -> None:
+    vm = make_vm()
+    vm.accept(0, bytes(SEGMENT))
+    vm.accept(5, b"\x50\x60")
+    assert vm.keys(5, 2) == b"\0\x60"
+
+
+@up_to_6_19
+def test_up_to_6_19_a_get_makes_no_page_table_and_so_saves_none(make_vm: MakeVm) -> None:
+    vm = make_vm()
+    assert vm.keys(0, 4 * SEGMENT) == bytes(4 * SEGMENT)
+    vm.accept(5, b"\x50\x60")
+    assert vm.keys(5, 2) == b"\0\x60"
+
+
+@up_to_6_19
+def test_up_to_6_19_a_segment_loses_one_key_once_however_many_calls_set_it(make_vm: MakeVm) -> None:
+    vm = make_vm()
+    for gfn, key in ((5, b"\x50"), (0, b"\x10"), (SEGMENT - 1, b"\x20"), (SEGMENT, b"\x30"), (SEGMENT + 1, b"\x40")):
+        vm.accept(gfn, key)
+    assert vm.keys(0, 6) == b"\x10\0\0\0\0\0"
+    assert vm.keys(SEGMENT - 1, 3) == b"\x20\0\x40"
+
+
+@up_to_6_19
+def test_up_to_6_19_segments_are_those_of_the_guest_and_not_of_the_call(make_vm: MakeVm) -> None:
+    vm = make_vm((8, 2))
+    vm.accept(8 * SEGMENT + 200, b"\x10" * 100)
+    assert vm.keys(8 * SEGMENT + 200, 100) == b"\0" + b"\x10" * 55 + b"\0" + b"\x10" * 43
+
+
+@up_to_6_19
+@pytest.mark.parametrize("write", [True, False])
+def test_up_to_6_19_a_segment_of_which_any_frame_was_touched_loses_none(make_vm: MakeVm, write: bool) -> None:
+    vm = make_vm()
+    vm.touch(77, write=write)
+    vm.accept(0, b"\x10" * (SEGMENT + 1))
+    assert vm.keys(0, SEGMENT + 1) == b"\x10" * SEGMENT + b"\0"
+
+
+@up_to_6_19
+def test_up_to_6_19_a_set_that_fails_has_lost_the_key_before_all_the_same(make_vm: MakeVm) -> None:
+    vm = make_vm((0, 1), (2, 1))
+    assert vm.set(0, b"\x10\x20\x31") == Answer.refused(errno.EINVAL)
+    assert vm.keys(0, 3) == b"\0\x20\0"
+    assert vm.set(3 * SEGMENT - 2, b"\x10\x20\x30") == hole("4.19")
+    assert vm.keys(3 * SEGMENT - 2, 2) == b"\0\x20"
+
+
+@up_to_6_19
+def test_up_to_6_19_a_bad_key_makes_no_page_table(make_vm: MakeVm) -> None:
+    vm = make_vm()
+    assert vm.set(0, b"\x11") == Answer.refused(errno.EINVAL)
+    vm.accept(0, b"\x10\x20")
+    assert vm.keys(0, 2) == b"\0\x20"
+
+
+@since_7_0
+def test_since_7_0_no_key_is_lost(make_vm: MakeVm) -> None:
+    vm = make_vm((0, 8))
+    vm.accept(0, KEYS)
+    assert vm.keys(0, FRAMES) == KEYS

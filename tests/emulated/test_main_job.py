@@ -1,0 +1,169 @@
+"""The main job on a real s390x kernel: the daemon runs there on Debian's grpcio, its client is this process."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from skeyd.client import Client, ClientError, Keys
+from skeyd.gfn import GfnRange
+from skeyd.storage_key import SEGMENT_FRAMES
+from skeyd.v1 import host_service_pb2, vm_pb2
+from tests.emulated.daemon import MEMORY_DIR, DaemonInside
+from tests.emulated.fixtures import EmulatedHosts
+from tests.emulated.host import EmulatedHost
+from tests.vm_requests import fill, owned, pattern
+
+pytestmark = [pytest.mark.emulated, pytest.mark.timeout(600)]
+
+MIB_OF_GUEST = 256
+FRAMES = MIB_OF_GUEST * 256
+
+
+@pytest.fixture(scope="module")
+def host(emulated_hosts: EmulatedHosts) -> EmulatedHost:
+    """Linux 6.1, with skeyd in it."""
+    host = emulated_hosts("bookworm")
+    DaemonInside.install(host)
+    return host
+
+
+@pytest.fixture(scope="module")
+def with_pgste(host: EmulatedHost) -> Iterator[DaemonInside]:
+    """Run a daemon whose workers get PGSTE page tables, by the sysctl."""
+    host.run(["sysctl", "-w", "vm.allocate_pgste=1"])
+    daemon = DaemonInside(host)
+    daemon.start()
+    yield daemon
+    daemon.kill()
+
+
+@pytest.fixture
+def client(with_pgste: DaemonInside) -> Iterator[Client]:
+    """Connect from outside."""
+    with with_pgste.connect() as client:
+        yield client
+
+
+def read(client: Client, vm: str) -> bytes:
+    """Return all keys of a VM without holes."""
+    with client.get_skeys(vm) as stream:
+        return b"".join(part.keys for part in stream if isinstance(part, Keys))
+
+
+def answers(client: Client) -> dict[str, host_service_pb2.Finding]:
+    """Return what the host says of itself."""
+    return {one.name: one for one in client.host().findings}
+
+
+def test_keys_set_through_skeyd_on_linux_6_1_are_read_back_equal(client: Client) -> None:
+    vm = client.create_vm(owned("whole", MIB_OF_GUEST))
+    assert re.match(r"6\.1\.", vm.kernel)
+    assert vm.kind == vm_pb2.VM_KIND_OWNED
+    assert not vm.uses_storage_keys
+    keys, frames = pattern(FRAMES), GfnRange(0, FRAMES)
+    result = client.set_skeys(vm.name, [frames], [Keys(frames, keys)], allow_enable=True)
+    assert read(client, vm.name) == keys
+    assert result.keys_set == FRAMES
+    assert result.enabled
+    # The guest's memory was never touched, so this kernel loses one key in every segment: this is the repair at work.
+    assert result.keys_repaired == FRAMES // SEGMENT_FRAMES
+    client.delete_vm(vm.name)
+
+
+def test_a_keyless_guest_stays_keyless_unless_it_is_allowed(client: Client) -> None:
+    vm = client.create_vm(owned("keyless", 1))
+    frames = GfnRange(0, 256)
+    with pytest.raises(ClientError) as refused:
+        client.set_skeys(vm.name, [frames], [Keys(frames, bytes(256))])
+    assert refused.value.reason == "SKEYS_NOT_ENABLED"
+    with client.get_skeys(vm.name) as stream:
+        assert not stream.uses_storage_keys
+        assert list(stream) == []
+    client.delete_vm(vm.name)
+
+
+@pytest.mark.parametrize(
+    "backing", [vm_pb2.MEMORY_BACKING_ANONYMOUS, vm_pb2.MEMORY_BACKING_MEMFD, vm_pb2.MEMORY_BACKING_FILE]
+)
+def test_two_slots_with_a_hole_between_them(
+    host: EmulatedHost, client: Client, backing: vm_pb2.MemoryBacking.ValueType
+) -> None:
+    request = owned("holey", 2)
+    request.memory_slots[0].backing = backing
+    request.memory_slots.add(guest_phys_addr=4 << 30, memory_size=1 << 20, backing=backing)
+    if backing == vm_pb2.MEMORY_BACKING_FILE:
+        for slot, name in zip(request.memory_slots, ("low", "high"), strict=True):
+            host.run(["truncate", "-s", str(slot.memory_size), f"{MEMORY_DIR}/{name}"])
+            slot.file = name
+    vm = client.create_vm(request)
+    ranges = [GfnRange(0, 512), GfnRange(1 << 20, 256)]
+    keys = pattern(768)
+    chunks = [Keys(ranges[0], keys[:512]), Keys(ranges[1], keys[512:])]
+    client.set_skeys(vm.name, ranges, chunks, allow_enable=True)
+    with client.get_skeys(vm.name) as stream:
+        parts = list(stream)
+    assert [part.frames for part in parts] == [ranges[0], GfnRange(512, (1 << 20) - 512), ranges[1]]
+    assert read(client, vm.name) == keys
+    with pytest.raises(ClientError) as refused:
+        client.set_skeys(vm.name, [GfnRange(500, 20)], [])
+    assert refused.value.reason == "GFN_NOT_MAPPED"
+    assert refused.value.metadata["gfn"] == hex(512)
+    client.delete_vm(vm.name)
+
+
+def test_a_killed_front_finds_its_owned_vms_again_with_their_keys(with_pgste: DaemonInside) -> None:
+    with with_pgste.connect() as client:
+        client.create_vm(owned("survivor", 4))
+        client.create_vm(owned("other", 1))
+        keys = fill(client, "survivor", 1024)
+        before = client.list_vms()
+    with_pgste.kill()
+    with_pgste.start()
+    with with_pgste.connect() as client:
+        assert client.list_vms() == before
+        assert read(client, "vms/survivor") == keys
+        for vm in before:
+            client.delete_vm(vm.name)
+        assert list(client.list_vms()) == []
+
+
+def test_the_host_says_what_it_can_before_anybody_tries(client: Client) -> None:
+    found = answers(client)
+    assert found["cap_s390_skeys"].answer == host_service_pb2.ANSWER_YES
+    assert found["cap_s390_keyop"].answer == host_service_pb2.ANSWER_NO  # Linux 7.0 brought it
+    assert found["pgste"].answer == host_service_pb2.ANSWER_YES
+    assert client.host().can_own_vms == host_service_pb2.ANSWER_YES
+
+
+def test_without_pgste_the_error_names_both_remedies(host: EmulatedHost, with_pgste: DaemonInside) -> None:
+    # A process has what was set when it was started: the other daemon, asked for first, is not affected.
+    host.run(["sysctl", "-w", "vm.allocate_pgste=0"])
+    daemon = DaemonInside(host, "/run/skeyd-without", 50052)
+    daemon.start()
+    try:
+        with daemon.connect() as client:
+            with pytest.raises(ClientError) as refused:
+                client.create_vm(owned("a", 1))
+            assert refused.value.reason == "PGSTE_UNAVAILABLE"
+            assert "vm.allocate_pgste=1" in refused.value.message
+            assert "--s390-pgste" in refused.value.message
+            assert list(client.list_vms()) == []
+            pgste = answers(client)["pgste"]
+            assert pgste.answer == host_service_pb2.ANSWER_NO
+            assert "vm.allocate_pgste=1" in pgste.remedy
+            assert client.host().can_own_vms == host_service_pb2.ANSWER_NO
+    finally:
+        daemon.kill()
+        host.run(["sysctl", "-w", "vm.allocate_pgste=1"])
+
+
+def test_memory_that_the_kernel_would_refuse_is_refused_by_name(client: Client) -> None:
+    request = owned("odd", 1)
+    request.memory_slots[0].memory_size += 4096
+    with pytest.raises(ClientError) as refused:
+        client.create_vm(request)
+    assert refused.value.reason == "MEMORY_INVALID"
+    assert list(client.list_vms()) == []

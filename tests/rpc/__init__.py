@@ -1,0 +1,1 @@
+"""Tests of skeyd.rpc: the real daemon, and raw gRPC stubs."""

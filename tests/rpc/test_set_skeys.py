@@ -1,0 +1,369 @@
+"""SetSkeys over the real daemon: the main job, and every way in which a stream can be wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import grpc
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from skeyd.v1 import storage_key_service_pb2 as pb
+from skeyd.v1 import vm_pb2
+from tests.rpc.fixtures import NewVm
+from tests.rpc.stubs import (
+    FRAMES_A_MIB,
+    GENERATIONS,
+    SECONDS,
+    Stubs,
+    chunk,
+    commit,
+    header,
+    new_id,
+    refusal,
+    refused,
+    some_keys,
+)
+
+INVALID = grpc.StatusCode.INVALID_ARGUMENT
+
+
+# The main job
+
+
+@pytest.mark.parametrize("kernel", GENERATIONS, ids=vm_pb2.SimulatedKernel.Name)
+def test_what_was_set_is_what_is_read_and_no_key_of_an_untouched_guest_is_lost(
+    stubs: Stubs, new_vm: NewVm, kernel: vm_pb2.SimulatedKernel.ValueType
+) -> None:
+    vm = new_vm((0, 32), (64, 8), kernel=kernel)
+    # No key is zero, so that the kernels that lose the first one of a segment lose one of each.
+    low, high = bytes(key or 0x10 for key in some_keys(32 * 256, 1)), b"\x38" * (8 * 256)
+
+    result = stubs.set(vm, [(0, low), (64 * 256, high)])
+
+    assert result.keys_set == 40 * 256
+    assert result.enabled
+    assert result.keys_repaired == (40 if kernel == vm_pb2.SIMULATED_KERNEL_LINUX_4_19 else 0)
+    read = stubs.get(vm)
+    assert read.header.uses_storage_keys
+    assert read.keys == low + high
+    assert read.layout == [("chunk", 0, 32 * 256), ("gap", 32 * 256, 32 * 256), ("chunk", 64 * 256, 8 * 256)]
+
+
+@pytest.mark.parametrize("kernel", GENERATIONS, ids=vm_pb2.SimulatedKernel.Name)
+def test_a_second_set_repairs_and_enables_nothing(
+    stubs: Stubs, new_vm: NewVm, kernel: vm_pb2.SimulatedKernel.ValueType
+) -> None:
+    vm = new_vm((0, 4), kernel=kernel)
+    stubs.set(vm, [(0, b"\x10" * 1024)])
+    again = stubs.set(vm, [(0, b"\x28" * 1024)], allow_enable=False)
+    assert (again.keys_set, again.keys_repaired, again.enabled) == (1024, 0, False)
+    assert stubs.get(vm).keys == b"\x28" * 1024
+
+
+def test_each_chunk_is_answered_by_how_far_it_came(stubs: Stubs, new_vm: NewVm) -> None:
+    vm = new_vm((0, 1), (4, 1), kernel=vm_pb2.SIMULATED_KERNEL_LINUX_4_19)
+    answers, error = stubs.send(
+        header(vm, (0, 8), (1024, 8), allow_enable=True),
+        chunk(0, b"\x10" * 5),
+        chunk(5, b"\x10" * 3),
+        chunk(1024, b"\x10" * 8),
+        commit(),
+    )
+    assert error is None
+    progress = [(one.progress.next_gfn, one.progress.keys_set, one.progress.keys_repaired) for one in answers[:3]]
+    assert progress == [(5, 5, 1), (1024, 8, 1), (1032, 16, 2)]
+    assert answers[3].result == pb.SetSkeysResponse.Result(keys_set=16, keys_repaired=2, enabled=True)
+    assert len(answers) == 4
+
+
+def test_the_largest_chunk_that_is_allowed_is_set_whole(stubs: Stubs, new_vm: NewVm) -> None:
+    vm = new_vm((0, 4096))
+    keys = some_keys(1 << 20)
+    assert stubs.set(vm, [(0, keys)]).keys_set == 1 << 20
+    assert stubs.get(vm).keys == keys
+
+
+def test_frames_beside_the_ranges_keep_their_keys(stubs: Stubs, new_vm: NewVm) -> None:
+    vm = new_vm((0, 1))
+    before = some_keys(256, 1)
+    stubs.set(vm, [(0, before)])
+    stubs.set(vm, [(10, b"\xf8"), (20, b"\xf0\xf0")])
+    assert stubs.get(vm).keys == before[:10] + b"\xf8" + before[11:20] + b"\xf0\xf0" + before[22:]
+
+
+@settings(max_examples=15, deadline=None)
+@given(kernel=st.sampled_from(GENERATIONS), data=st.data())
+def test_however_it_is_cut_into_ranges_and_chunks_every_key_arrives(
+    stubs: Stubs, kernel: vm_pb2.SimulatedKernel.ValueType, data: st.DataObject
+) -> None:
+    vm = stubs.create(new_id(), (0, 1), (1, 1), (5, 1), kernel=kernel).name
+    try:
+        model = {gfn: 0 for start, count in ((0, 512), (5 * 256, 256)) for gfn in range(start, start + count)}
+        for _ in range(data.draw(st.integers(1, 3))):
+            edges = data.draw(st.lists(st.sampled_from(sorted(model)), min_size=2, max_size=8, unique=True).map(sorted))
+            ends = [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=False) if not a < 512 <= b]
+            if not ends:
+                continue
+            wanted = [(first, last + 1 - first) for first, last in ends]
+            requests = [header(vm, *wanted, allow_enable=True)]
+            for start, count in wanted:
+                at, end = start, start + count
+                while at < end:
+                    size = data.draw(st.integers(1, end - at))
+                    keys = data.draw(st.binary(min_size=size, max_size=size)).translate(bytes(range(0, 256, 2)) * 2)
+                    requests.append(chunk(at, keys))
+                    model.update(enumerate(keys, at))
+                    at += size
+            answers, error = stubs.send(*requests, commit())
+            assert error is None
+            assert answers[-1].result.keys_set == sum(count for _, count in wanted)
+            assert stubs.get(vm).keys == bytes(model.values())
+    finally:
+        stubs.delete(vm)
+
+
+def test_keys_are_not_enabled_for_a_guest_unless_that_is_allowed(stubs: Stubs, new_vm: NewVm) -> None:
+    vm = new_vm((0, 1))
+    answers, error = stubs.send(header(vm, (0, 1)), chunk(0, b"\x10"), commit())
+    assert error is not None
+    assert (error.code, error.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "SKEYS_NOT_ENABLED")
+    assert vm in error.message
+    assert answers == []
+    assert not stubs.look_at(vm).uses_storage_keys
+
+
+def test_allowing_to_enable_keys_enables_nothing_before_the_first_chunk(stubs: Stubs, new_vm: NewVm) -> None:
+    vm = new_vm((0, 1))
+    _, error = stubs.send(header(vm, (0, 1), allow_enable=True))
+    assert error is not None
+    assert error.reason == "STREAM_INCOMPLETE"
+    assert not stubs.look_at(vm).uses_storage_keys
+
+
+def test_a_first_chunk_that_is_wrong_enables_nothing(stubs: Stubs, new_vm: NewVm) -> None:
+    vm = new_vm((0, 1))
+    _, error = stubs.send(header(vm, (0, 2), allow_enable=True), chunk(0, b"\x10\x11"), commit())
+    assert error is not None
+    assert error.reason == "KEY_RESERVED_BIT"
+    assert not stubs.look_at(vm).uses_storage_keys
+
+
+# What is wrong. The VM's frames are 0x100-0x2ff and 0x500-0x5ff, a gap between.
+
+
+BEFORE = some_keys(0x300, 7)
+
+
+@pytest.fixture(scope="module")
+def old_vm(stubs: Stubs) -> Iterator[str]:
+    """Make a VM; each test has its keys put back to BEFORE."""
+    name = stubs.create(new_id(), (1, 2), (5, 1)).name
+    yield name
+    stubs.delete(name)
+
+
+@pytest.fixture
+def vm(stubs: Stubs, old_vm: str) -> str:
+    stubs.set(old_vm, [(0x100, BEFORE[:0x200]), (0x500, BEFORE[0x200:])])
+    return old_vm
+
+
+class Bad(NamedTuple):
+    """What is sent, and how it is refused."""
+
+    wanted: list[tuple[int, int]]
+    code: grpc.StatusCode
+    reason: str
+    named: list[str]
+
+
+BAD_HEADERS = {
+    "no-ranges": Bad([], INVALID, "REQUEST_INVALID", ["no ranges"]),
+    "count-0": Bad([(0x100, 0)], INVALID, "RANGE_EMPTY", ["0x100"]),
+    "overflow": Bad([(2**64 - 1, 2)], INVALID, "RANGE_OVERFLOW", ["0xffffffffffffffff"]),
+    "last-gfn-of-all": Bad([(2**64 - 1, 1)], grpc.StatusCode.OUT_OF_RANGE, "GFN_NOT_MAPPED", ["0xffffffffffffffff"]),
+    "begins-outside": Bad([(0xFF, 2)], grpc.StatusCode.OUT_OF_RANGE, "GFN_NOT_MAPPED", ["gfn 0xff "]),
+    "ends-outside": Bad([(0x2FF, 2)], grpc.StatusCode.OUT_OF_RANGE, "GFN_NOT_MAPPED", ["gfn 0x300 "]),
+    "wholly-outside": Bad([(0x310, 4)], grpc.StatusCode.OUT_OF_RANGE, "GFN_NOT_MAPPED", ["gfn 0x310 "]),
+    "across-the-gap": Bad([(0x2F0, 0x240)], grpc.StatusCode.OUT_OF_RANGE, "GFN_NOT_MAPPED", ["gfn 0x300 "]),
+    "second-outside": Bad([(0x100, 1), (0x600, 1)], grpc.StatusCode.OUT_OF_RANGE, "GFN_NOT_MAPPED", ["gfn 0x600 "]),
+    "descending": Bad([(0x500, 1), (0x100, 1)], INVALID, "RANGES_NOT_ASCENDING", ["0x100", "0x500"]),
+    "overlapping": Bad([(0x100, 4), (0x103, 1)], INVALID, "RANGES_NOT_ASCENDING", ["0x100-0x103", "0x103-0x103"]),
+    "too-many": Bad([(0x100, 1)] * 16_385, INVALID, "REQUEST_INVALID", ["16385", "16384"]),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_HEADERS.values(), ids=BAD_HEADERS)
+def test_a_bad_header_is_refused_and_no_chunk_after_it_is_looked_at(stubs: Stubs, vm: str, bad: Bad) -> None:
+    start, count = bad.wanted[0] if bad.wanted else (0x100, 1)
+    answers, error = stubs.send(header(vm, *bad.wanted), chunk(start, b"\xf0" * min(count, 8)), commit())
+    assert error is not None
+    assert (error.code, error.reason, error.domain) == (bad.code, bad.reason, "skeyd")
+    for word in bad.named:
+        assert word in error.message
+    assert answers == []
+    assert stubs.get(vm).keys == BEFORE
+
+
+class BadChunk(NamedTuple):
+    """A message in the place of the second chunk, which should be 0x108-0x10f, and how it is refused."""
+
+    message: pb.SetSkeysRequest
+    code: grpc.StatusCode
+    reason: str
+    named: list[str]
+
+
+GOOD = b"\xe8" * 8
+DATA_LOSS = grpc.StatusCode.DATA_LOSS
+BAD_CHUNKS = {
+    "reserved-bit": BadChunk(
+        chunk(0x108, b"\x10\x20\x30\x41\x51\x60\x70\x80"), INVALID, "KEY_RESERVED_BIT", ["0x41", "gfn 0x10b "]
+    ),
+    "reserved-bit-last": BadChunk(
+        chunk(0x108, b"\x10" * 7 + b"\x01"), INVALID, "KEY_RESERVED_BIT", ["0x01", "gfn 0x10f "]
+    ),
+    "count-0": BadChunk(chunk(0x108, b""), INVALID, "RANGE_EMPTY", ["0x108"]),
+    "count-0-with-keys": BadChunk(chunk(0x108, GOOD, count=0), INVALID, "RANGE_EMPTY", ["0x108"]),
+    "too-large": BadChunk(chunk(0x108, b"\x10" * ((1 << 20) + 1)), INVALID, "REQUEST_INVALID", ["1048577", "1048576"]),
+    "count-too-large": BadChunk(chunk(0x108, GOOD, count=2**32 - 1), INVALID, "REQUEST_INVALID", ["4294967295"]),
+    "overflow": BadChunk(chunk(2**64 - 1, b"\x10\x10"), INVALID, "RANGE_OVERFLOW", ["0xffffffffffffffff"]),
+    "leaves-a-frame-out": BadChunk(chunk(0x109, GOOD[1:]), INVALID, "CHUNK_OUT_OF_ORDER", ["0x108", "0x109"]),
+    "comes-again": BadChunk(chunk(0x100, GOOD), INVALID, "CHUNK_OUT_OF_ORDER", ["0x108", "0x100"]),
+    "overlaps": BadChunk(chunk(0x107, GOOD), INVALID, "CHUNK_OUT_OF_ORDER", ["0x108", "0x107"]),
+    "before-the-range": BadChunk(chunk(0xFF, GOOD), INVALID, "CHUNK_OUT_OF_ORDER", ["0x108", "0xff"]),
+    "of-the-next-range": BadChunk(chunk(0x500, GOOD), INVALID, "CHUNK_OUT_OF_ORDER", ["0x108", "0x500"]),
+    "across-the-end": BadChunk(
+        chunk(0x108, GOOD + b"\x10"), INVALID, "CHUNK_OUT_OF_ORDER", ["0x108-0x110", "0x100-0x10f"]
+    ),
+    "checksum": BadChunk(chunk(0x108, GOOD, crc32=1), DATA_LOSS, "CHUNK_CHECKSUM_MISMATCH", ["0x108", "0x00000001"]),
+    "checksum-left-out": BadChunk(chunk(0x108, GOOD, crc32=0), DATA_LOSS, "CHUNK_CHECKSUM_MISMATCH", ["0x00000000"]),
+    "checksum-of-other-keys": BadChunk(
+        chunk(0x108, GOOD, data=b"\xe8" * 7 + b"\xe0"), DATA_LOSS, "CHUNK_CHECKSUM_MISMATCH", ["0x108"]
+    ),
+    "keys-missing": BadChunk(chunk(0x108, GOOD, data=GOOD[1:]), INVALID, "CHUNK_SIZE_MISMATCH", ["7 keys", "of 8"]),
+    "keys-left-over": BadChunk(
+        chunk(0x108, GOOD, data=GOOD + b"\x10"), INVALID, "CHUNK_SIZE_MISMATCH", ["9 keys", "of 8"]
+    ),
+    "no-encoding": BadChunk(chunk(0x108, GOOD, encoding=0), INVALID, "ENCODING_UNSUPPORTED", ["0"]),
+    "unknown-encoding": BadChunk(chunk(0x108, GOOD, encoding=77), INVALID, "ENCODING_UNSUPPORTED", ["77"]),
+    "header-again": BadChunk(header("vms/x", (0x108, 8)), INVALID, "REQUEST_INVALID", ["chunks and one commit"]),
+    "empty-message": BadChunk(pb.SetSkeysRequest(), INVALID, "REQUEST_INVALID", ["chunks and one commit"]),
+    "commit-too-early": BadChunk(
+        commit(), grpc.StatusCode.ABORTED, "STREAM_INCOMPLETE", ["8 keys are set", "16 are missing", "gfn 0x108 "]
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_CHUNKS.values(), ids=BAD_CHUNKS)
+def test_a_bad_message_after_a_good_chunk_sets_nothing_and_says_what_is_set(
+    stubs: Stubs, vm: str, bad: BadChunk
+) -> None:
+    answers, error = stubs.send(
+        header(vm, (0x100, 16), (0x500, 8)),
+        chunk(0x100, GOOD),
+        bad.message,
+        chunk(0x108, GOOD),
+        chunk(0x500, GOOD),
+        commit(),
+    )
+    assert error is not None
+    assert (error.code, error.reason, error.domain) == (bad.code, bad.reason, "skeyd")
+    for word in bad.named:
+        assert word in error.message
+    assert (error.metadata["next_gfn"], error.metadata["keys_set"]) == ("0x108", "8")
+    assert [answer.WhichOneof("part") for answer in answers] == ["progress"]
+    assert stubs.get(vm).keys == GOOD + BEFORE[8:]
+
+
+@pytest.mark.parametrize("bad", BAD_CHUNKS.values(), ids=BAD_CHUNKS)
+def test_a_bad_message_in_the_place_of_the_first_chunk_changes_no_key(stubs: Stubs, vm: str, bad: BadChunk) -> None:
+    answers, error = stubs.send(header(vm, (0x108, 8)), bad.message, chunk(0x108, GOOD), commit())
+    assert error is not None
+    assert error.metadata["keys_set"] == "0"
+    assert error.metadata["next_gfn"] == "0x108"
+    assert answers == []
+    assert stubs.get(vm).keys == BEFORE
+
+
+def test_a_chunk_after_all_ranges_are_covered_is_refused(stubs: Stubs, vm: str) -> None:
+    answers, error = stubs.send(header(vm, (0x100, 8)), chunk(0x100, GOOD), chunk(0x108, GOOD), commit())
+    assert error is not None
+    assert (error.code, error.reason) == (INVALID, "CHUNK_OUT_OF_ORDER")
+    assert "0x108" in error.message
+    assert (error.metadata["next_gfn"], error.metadata["keys_set"]) == ("0x108", "8")
+    assert len(answers) == 1
+    assert stubs.get(vm).keys == GOOD + BEFORE[8:]
+
+
+@pytest.mark.parametrize(
+    ("chunks", "keys_set", "next_gfn"),
+    [([], 0, "0x100"), ([chunk(0x100, GOOD)], 8, "0x500"), ([chunk(0x100, GOOD), chunk(0x500, GOOD)], 16, "0x508")],
+    ids=["no-chunk", "half", "all-but-the-commit"],
+)
+def test_a_stream_that_ends_without_commit_is_incomplete_and_says_how_far_it_came(
+    stubs: Stubs, vm: str, chunks: list[pb.SetSkeysRequest], keys_set: int, next_gfn: str
+) -> None:
+    _, error = stubs.send(header(vm, (0x100, 8), (0x500, 8)), *chunks)
+    assert error is not None
+    assert (error.code, error.reason) == (grpc.StatusCode.ABORTED, "STREAM_INCOMPLETE")
+    assert f"{keys_set} keys are set, {16 - keys_set} are missing" in error.message
+    assert (error.metadata["keys_set"], error.metadata["next_gfn"]) == (str(keys_set), next_gfn)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [[], [pb.SetSkeysRequest()], [chunk(0x100, GOOD)], [commit()]],
+    ids=["nothing", "an-empty-message", "a-chunk", "a-commit"],
+)
+def test_what_does_not_begin_with_a_header_is_refused(stubs: Stubs, vm: str, first: list[pb.SetSkeysRequest]) -> None:
+    answers, error = stubs.send(*first, header(vm, (0x100, 8)), chunk(0x100, GOOD), commit()) if first else stubs.send()
+    assert error is not None
+    assert (error.code, error.reason) == (INVALID, "REQUEST_INVALID")
+    assert "header" in error.message
+    assert answers == []
+    assert stubs.get(vm).keys == BEFORE
+
+
+def test_a_message_longer_than_four_mebibytes_never_reaches_the_daemon_whole(stubs: Stubs, vm: str) -> None:
+    requests = [header(vm, (0x100, 8)), chunk(0x100, GOOD, data=bytes(5 << 20))]
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stubs.keys.SetSkeys(iter(requests), timeout=SECONDS))
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert stubs.get(vm).keys == BEFORE
+
+
+def test_a_message_that_is_no_protobuf_is_refused_and_changes_nothing(stubs: Stubs, vm: str) -> None:
+    raw: grpc.StreamStreamMultiCallable[bytes, bytes] = stubs.channel.stream_stream(
+        "/skeyd.v1.StorageKeyService/SetSkeys"
+    )
+    requests = [header(vm, (0x100, 8)).SerializeToString(), b"\xff\xff\xff\xff"]
+    with pytest.raises(grpc.RpcError) as caught:
+        list(raw(iter(requests), timeout=SECONDS))
+    found = refusal(caught.value)
+    assert (found.code, found.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_INVALID")
+    assert "4 bytes" in found.message
+    assert stubs.get(vm).keys == BEFORE
+
+
+def test_the_range_of_a_whole_guest_ends_where_the_number_of_its_last_frame_says(stubs: Stubs, new_vm: NewVm) -> None:
+    # The last slot that there can be: its end is 2^52 frames, an address of 2^64.
+    vm = new_vm((2**44 - 1, 1))
+    first = (2**44 - 1) * FRAMES_A_MIB
+    stubs.set(vm, [(first, b"\x10" * 256)])
+    assert stubs.get(vm).layout == [("chunk", first, 256)]
+    found = refused(lambda: stubs.get(vm, (first + 255, 2)))
+    assert (found.reason, found.metadata["gfn"]) == ("GFN_NOT_MAPPED", hex(2**52))
+
+
+def test_refusal_reads_what_the_daemon_sends(stubs: Stubs) -> None:
+    """The helper above all: a reader that accepts anything would prove nothing."""
+    with pytest.raises(grpc.RpcError) as caught:
+        stubs.look_at("vms/nobody")
+    found = refusal(caught.value)
+    assert (found.code, found.reason, found.domain) == (grpc.StatusCode.NOT_FOUND, "VM_NOT_FOUND", "skeyd")
+    assert found.metadata == {"vm": "vms/nobody"}
+    assert found.retry_seconds is None

@@ -1,0 +1,94 @@
+"""Key streams are bounded, and however many of them are stuck, short calls are answered."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import grpc
+import pytest
+
+from skeyd.limits import CALL_THREADS, DEFAULT_CHUNK_KEYS, MAX_KEY_STREAMS, SPARE_THREADS
+from skeyd.v1 import storage_key_service_pb2 as pb
+from tests.daemon import DaemonProcess
+from tests.rpc.standard_services import SERVING, check
+from tests.rpc.stubs import SECONDS, SetStream, Stubs, chunk, header, refusal
+
+QUICKLY = 10.0
+"""Seconds; a call that waits for a stream waits for ever."""
+
+
+def test_stalled_streams_are_bounded_and_keep_no_short_call_waiting(daemon: DaemonProcess) -> None:
+    with Stubs(daemon.target) as stubs:
+        # A guest of 4 TiB has 1 Gi keys, so that no stream can end unread: windows were seen to grow beyond 16 MiB.
+        vm = stubs.create("large", (0, 4 << 20)).name
+        stubs.set(vm, [(0, b"\x10")])
+        request = pb.GetSkeysRequest(vm=vm)
+        stalled = [stubs.keys.GetSkeys(request, timeout=SECONDS) for _ in range(MAX_KEY_STREAMS)]
+        assert [next(one).WhichOneof("part") for one in stalled] == ["header"] * MAX_KEY_STREAMS
+
+        for _ in range(2 * CALL_THREADS):
+            with pytest.raises(grpc.RpcError) as caught:
+                next(stubs.keys.GetSkeys(request, timeout=QUICKLY))
+        found = refusal(caught.value)
+        assert (found.code, found.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS")
+        assert str(MAX_KEY_STREAMS) in found.message
+        assert found.retry_seconds == 1
+        _, write = stubs.send(header(vm, (0, 1)), chunk(0, b"\x20"))
+        assert write is not None
+        assert write.reason == "TOO_MANY_STREAMS"
+
+        with Stubs(daemon.target) as another:
+            assert check(another.channel, seconds=QUICKLY) == SERVING
+            assert another.look_at(vm).uses_storage_keys
+            assert another.names() == [vm]
+            small = another.create("small", (0, 1)).name
+            another.delete(small)
+
+        stalled.pop().cancel()
+        while daemon.wait_for_line("rpc", method="/skeyd.v1.StorageKeyService/GetSkeys")["code"] != "CANCELLED":
+            pass
+        assert stubs.get(vm, (0, 1)).keys == b"\x10"
+
+        # A stream that stood still for so long goes on where it stopped.
+        patient = stalled.pop()
+        starts = [next(patient).chunk.start_gfn for _ in range(100)]
+        assert starts == [n * DEFAULT_CHUNK_KEYS for n in range(100)]
+        patient.cancel()
+        for one in stalled:
+            one.cancel()
+
+
+def test_writers_that_say_nothing_keep_nobody_waiting_for_long(daemon: DaemonProcess) -> None:
+    with Stubs(daemon.target) as stubs, ExitStack() as streams:
+        vm = stubs.create("guest", (0, 1)).name
+        silent = [streams.enter_context(SetStream(stubs)) for _ in range(MAX_KEY_STREAMS + SPARE_THREADS)]
+        # All threads for streams wait for a first message now; they are cut off when it doesn't come.
+        assert not stubs.get(vm).header.uses_storage_keys
+        line = daemon.wait_for_line("rpc", method="/skeyd.v1.StorageKeyService/SetSkeys")
+        assert (line["code"], line["stalled"]) == ("CANCELLED", True)
+        assert check(stubs.channel, seconds=QUICKLY) == SERVING
+        assert len(silent) == MAX_KEY_STREAMS + SPARE_THREADS
+
+
+@pytest.mark.parametrize("method", ["VmService/GetVm"])
+def test_calls_that_never_send_their_request_keep_nobody_waiting_for_long(daemon: DaemonProcess, method: str) -> None:
+    with Stubs(daemon.target) as stubs:
+        never: grpc.StreamStreamMultiCallable[bytes, bytes] = stubs.channel.stream_stream(f"/skeyd.v1.{method}")
+        sent = threading.Event()
+
+        def requests() -> Iterator[bytes]:
+            sent.wait()
+            yield from ()
+
+        calls = [never(requests()) for _ in range(2 * CALL_THREADS)]
+        try:
+            assert check(stubs.channel, seconds=QUICKLY) == SERVING  # it has threads of its own
+            assert stubs.names() == []  # waits for some of them to be cut off
+            line = daemon.wait_for_line("rpc", method=f"/skeyd.v1.{method}", code="CANCELLED")
+            assert line["stalled"]
+        finally:
+            sent.set()
+            for call in calls:
+                call.cancel()

@@ -1,0 +1,246 @@
+"""Locks that die with their holder, sealed memory, and who is at the other end."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from skeyd.linux import (
+    MAP_NORESERVE,
+    Peer,
+    is_sealed_memfd,
+    lock_is_held,
+    peer_of,
+    sealed_memfd,
+    take_lock,
+)
+
+SIZE = 1 << 20
+
+_HOLDER = """
+import os, sys
+from skeyd.linux import take_lock
+fd = os.open(sys.argv[1], os.O_RDWR)
+print(take_lock(fd), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_fd_left(open_fds: None) -> None:
+    """Hold every test of this file to it."""
+
+
+@pytest.fixture
+def lock_fd(tmp_path: Path) -> Iterator[int]:
+    fd = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    yield fd
+    os.close(fd)
+
+
+@contextmanager
+def _holder(path: Path) -> Iterator[tuple[subprocess.Popen[str], bool]]:
+    # A lock is a process's, so another process is needed: (it, whether it got the lock).
+    with subprocess.Popen(
+        [sys.executable, "-c", _HOLDER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        yield process, process.stdout.readline() == "True\n"
+        process.kill()
+
+
+# --- locks ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_lock_that_another_process_holds_is_seen_and_not_taken(tmp_path: Path, lock_fd: int) -> None:
+    with _holder(tmp_path / "lock") as (_, got_it):
+        assert got_it
+        assert lock_is_held(lock_fd)
+        assert not take_lock(lock_fd)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_lock_is_free_once_its_holder_is_gone_however_it_went(
+    tmp_path: Path, lock_fd: int, number: signal.Signals
+) -> None:
+    with _holder(tmp_path / "lock") as (process, got_it):
+        assert got_it
+        process.send_signal(number)
+        process.wait(30)
+        assert not lock_is_held(lock_fd)
+        assert take_lock(lock_fd)
+
+
+def test_looking_at_a_lock_takes_nothing(tmp_path: Path, lock_fd: int) -> None:
+    assert not lock_is_held(lock_fd)
+    with _holder(tmp_path / "lock") as (_, got_it):
+        assert got_it
+
+
+def test_a_lock_taken_keeps_others_out(tmp_path: Path, lock_fd: int) -> None:
+    assert take_lock(lock_fd)
+    with _holder(tmp_path / "lock") as (_, got_it):
+        assert not got_it
+
+
+@pytest.mark.parametrize("use", [take_lock, lock_is_held])
+def test_what_cannot_be_locked_is_an_error_and_neither_yes_nor_no(use: Callable[[int], bool]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.close(writer)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        use(reader)
+
+
+def test_a_lock_needs_a_file_opened_for_writing(tmp_path: Path) -> None:
+    (tmp_path / "lock").touch()
+    fd = os.open(tmp_path / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            take_lock(fd)
+    finally:
+        os.close(fd)
+
+
+# --- sealed memory -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def memfd() -> Iterator[int]:
+    fd = sealed_memfd("skeyd-test", SIZE)
+    yield fd
+    os.close(fd)
+
+
+@pytest.mark.parametrize("size", [0, SIZE - 1, SIZE + 1, 16 * SIZE])
+def test_a_sealed_memfd_is_neither_cut_nor_grown(memfd: int, size: int) -> None:
+    with pytest.raises(PermissionError):
+        os.ftruncate(memfd, size)
+    assert os.fstat(memfd).st_size == SIZE
+
+
+def test_a_write_beyond_its_end_does_not_grow_a_sealed_memfd(memfd: int) -> None:
+    with pytest.raises(PermissionError):
+        os.pwrite(memfd, b"x", SIZE)
+
+
+def test_the_seals_of_a_sealed_memfd_are_final(memfd: int) -> None:
+    with pytest.raises(PermissionError):
+        fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+
+
+def test_a_sealed_memfd_is_zero_writable_shared_and_not_inherited(memfd: int) -> None:
+    assert not os.get_inheritable(memfd)
+    with mmap.mmap(memfd, SIZE) as one, mmap.mmap(memfd, SIZE) as other:
+        assert one[:] == bytes(SIZE)
+        one[-1] = 0x38
+        assert other[-1] == 0x38
+
+
+def test_a_sealed_memfd_is_known_as_one(memfd: int) -> None:
+    assert is_sealed_memfd(memfd, SIZE)
+
+
+@pytest.mark.parametrize("size", [0, SIZE - 1, SIZE + 1])
+def test_a_sealed_memfd_of_another_size_is_not_trusted(memfd: int, size: int) -> None:
+    assert not is_sealed_memfd(memfd, size)
+
+
+@pytest.mark.parametrize(
+    "seals",
+    [
+        0,
+        fcntl.F_SEAL_SHRINK,
+        fcntl.F_SEAL_GROW,
+        fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW,  # not final
+        fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK,
+        fcntl.F_SEAL_SEAL | fcntl.F_SEAL_GROW,
+        fcntl.F_SEAL_SEAL,
+    ],
+)
+def test_a_memfd_that_lacks_a_seal_is_not_trusted(seals: int) -> None:
+    fd = os.memfd_create("skeyd-test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, SIZE)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+        assert not is_sealed_memfd(fd, SIZE)
+    finally:
+        os.close(fd)
+
+
+def test_files_pipes_and_sockets_are_no_sealed_memory() -> None:
+    with ExitStack() as undo:
+        file = undo.enter_context(tempfile.TemporaryFile())
+        file.truncate(SIZE)
+        reader, writer = os.pipe()
+        undo.callback(os.close, reader)
+        undo.callback(os.close, writer)
+        one, other = socket.socketpair()
+        undo.enter_context(one)
+        undo.enter_context(other)
+        assert not any(is_sealed_memfd(fd, SIZE) for fd in (file.fileno(), reader, writer, one.fileno()))
+
+
+def test_sealed_memory_that_cannot_be_had_is_an_error_that_leaves_nothing_open() -> None:
+    # The fixture that holds this file to its descriptors is what fails if one is left.
+    with pytest.raises(OSError, match="Invalid argument"):
+        sealed_memfd("skeyd-test", -1)
+
+
+# --- the rest ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", [0, MAP_NORESERVE])
+def test_memory_is_mapped_without_reserve_exactly_where_the_flag_says_so(flag: int) -> None:
+    with mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | flag) as memory:
+        byte = ctypes.c_char.from_buffer(memory)
+        address = ctypes.addressof(byte)
+        del byte
+        # "nr" is the kernel's own word for it, in the mapping's line of flags.
+        blocks = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)[1:]
+        (own,) = (one for one in blocks if _covers(one, address))
+        flags = re.search(r"^VmFlags:(.*)$", own, re.MULTILINE)
+    assert flags is not None
+    assert ("nr" in flags[1].split()) == bool(flag)
+
+
+def _covers(block: str, address: int) -> bool:
+    start, end = block.split(" ", 1)[0].split("-")
+    return int(start, 16) <= address < int(end, 16)
+
+
+def test_the_peer_of_a_socket_is_known_by_the_kernels_word() -> None:
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with one, other:
+        assert peer_of(one) == peer_of(other) == Peer(os.getpid(), os.geteuid(), os.getegid())
+
+
+def test_who_connects_learns_who_listened_and_not_who_accepts(runtime_dir: Path) -> None:
+    listen = (
+        "import socket, sys; s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); "
+        "s.bind(sys.argv[1]); s.listen(); print(flush=True); sys.stdin.read()"
+    )
+    path = str(runtime_dir / "socket")
+    with (
+        subprocess.Popen(
+            [sys.executable, "-c", listen, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as listener,
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection,
+    ):
+        assert listener.stdout is not None
+        listener.stdout.readline()
+        connection.connect(path)
+        assert peer_of(connection).pid == listener.pid

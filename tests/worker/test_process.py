@@ -1,0 +1,537 @@
+"""The worker as a real process: how it starts, what it survives, how it ends."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import mmap
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+import skeyd
+from skeyd.worker.protocol import BUFFER_BYTES, LOCK, MESSAGE_MAX, SLICE_KEYS, SOCKET, encode
+from skeyd.worker.service import MAX_CONNECTIONS
+from tests.worker.processes import SECONDS, WORKER, Front, WorkerProcess, hung_up
+from tests.worker.specs import UID, owned, simulated, slot
+
+Start = Callable[..., WorkerProcess]
+
+SEGMENT = 256
+
+
+@contextmanager
+def _attached(front: Front) -> Iterator[mmap.mmap]:
+    fd = front.attach()
+    try:
+        buffers = mmap.mmap(fd, BUFFER_BYTES)
+    finally:
+        os.close(fd)
+    with buffers:
+        yield buffers
+
+
+def _run(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-I", "-S", *arguments], input=stdin, capture_output=True, env={}, timeout=SECONDS, check=False
+    )
+
+
+def _imported(importtime: str) -> set[str]:
+    # Lines of -X importtime: "import time: self [us] | cumulative | name".
+    return {line.rpartition("|")[2].strip() for line in importtime.splitlines() if line.startswith("import time:")}
+
+
+# --- starting ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["probe", "vm"])
+def test_a_worker_loads_the_standard_library_and_its_own_part_of_skeyd_and_nothing_else(way: str, start: Start) -> None:
+    if way == "probe":
+        loaded = _imported(_run("-X", "importtime", WORKER, "probe").stderr.decode())
+    else:
+        worker = start(import_time=True)
+        worker.first_line()
+        worker.process.terminate()
+        loaded = _imported(worker.process.communicate(timeout=SECONDS)[1].decode())
+    own = {name for name in loaded if name.partition(".")[0] == "skeyd"}
+    assert "skeyd.worker.service" in own
+    allowed = r"skeyd(\.(errors|gfn|linux|storage_key)|\.kvm(\.\w+)?|\.worker(\.\w+)?)?"
+    assert {name for name in own if not re.fullmatch(allowed, name)} == set()
+    others = {name.partition(".")[0] for name in loaded - own} - {
+        "imported package",  # the heading
+        "org",  # pickle looks for Jython's org.python.core, in vain
+    }
+    assert {name for name in others if name not in sys.stdlib_module_names and not name.startswith("_")} == set()
+
+
+def test_a_probe_says_what_the_host_can_do_in_one_line() -> None:
+    done = _run(WORKER, "probe")
+    assert (done.returncode, done.stderr) == (0, b"")
+    (line,) = done.stdout.splitlines()
+    report = json.loads(line)["ok"]
+    assert report["can_own_vms"] in (True, False, None)
+    assert [one["name"] for one in report["findings"]] == ["kvm_device", "cap_s390_skeys", "cap_s390_keyop", "pgste"]
+    for finding in report["findings"]:
+        assert finding.keys() == {"name", "answer", "detail", "remedy"}
+        assert finding["answer"] in (True, False, None)
+        assert finding["detail"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["vm"], ["vm", "3", "4"], ["probe", "x"], ["serve"]])
+def test_a_worker_that_is_started_wrongly_says_how_it_is_done(arguments: list[str]) -> None:
+    done = _run(WORKER, *arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"usage: ")
+    assert done.stdout == b""
+
+
+def test_a_worker_says_who_it_is_to_everybody_who_connects(start: Start) -> None:
+    worker = start(simulated((4, 2), (0, 1), kernel="4.19"))
+    assert worker.first_line() == {"ok": {}}
+    with worker.connect() as one, worker.connect() as other:
+        hello = one.hello()
+        assert other.hello() == hello
+    assert re.fullmatch("[0-9a-f]{32}", hello.pop("incarnation"))
+    assert hello == {
+        "protocol": 1,
+        "id": "web",
+        "uid": UID,
+        "kind": "simulated",
+        "kernel": "simulated Linux 4.19 to 6.19",
+        "version": skeyd.__version__,
+        "pid": worker.pid,
+        "created": 1_700_000_000,
+        "slots": [
+            {"slot": 1, "start": 0, "count": 256, "backing": "none"},
+            {"slot": 0, "start": 4 * 256, "count": 512, "backing": "none"},
+        ],
+    }
+
+
+def test_a_worker_that_starts_again_is_another_incarnation(start: Start, runtime_dir: Path) -> None:
+    incarnations = set()
+    for _ in range(2):
+        worker = start(directory=runtime_dir)
+        worker.first_line()
+        with worker.connect() as front:
+            incarnations.add(front.hello()["incarnation"])
+        worker.process.kill()
+        worker.process.wait(SECONDS)
+        (runtime_dir / SOCKET).unlink()
+    assert len(incarnations) == 2
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        b"",
+        b"{",
+        b"{}",
+        b"null",
+        encode({**simulated((0, 1)).to_message(), "protocol": 2}),
+        encode({**simulated((0, 1)).to_message(), "id": "../web"}),
+        b"{}" + b" " * MESSAGE_MAX,
+    ],
+)
+def test_a_spec_that_is_none_is_refused_and_nothing_of_the_worker_stays(spec: bytes, start: Start) -> None:
+    worker = start(spec)
+    assert worker.reason() == "WORKER_FAILED"
+    assert list(worker.directory.iterdir()) == []
+
+
+def test_slots_that_no_kernel_takes_are_refused_with_their_reason(start: Start) -> None:
+    worker = start(simulated((0, 2), (1, 2)))
+    assert worker.reason() == "MEMORY_INVALID"
+    assert not worker.holds_its_lock()
+    assert not (worker.directory / SOCKET).exists()
+
+
+def test_a_vm_that_the_host_has_no_room_for_is_refused_with_its_reason(start: Start) -> None:
+    worker = start(simulated((0, 1 << 22)), address_space=1 << 29)
+    assert worker.reason() == "OUT_OF_MEMORY"
+
+
+def test_an_owned_vm_where_none_can_be_is_refused_with_its_reason(start: Start, tmp_path: Path) -> None:
+    # On any host, since the file is looked at even where the kernel has the calls.
+    worker = start(owned(slot(0, 1, "file", str(tmp_path / "missing"))))
+    assert worker.reason() in ("CAP_S390_SKEYS_MISSING", "KVM_UNAVAILABLE", "MEMORY_FILE_UNUSABLE")
+
+
+def test_a_second_worker_of_the_same_directory_is_refused_and_the_first_serves_on(
+    start: Start, worker: WorkerProcess
+) -> None:
+    second = start(directory=worker.directory)
+    assert second.reason() == "VM_EXISTS"
+    assert worker.holds_its_lock()
+    assert worker.serves()
+
+
+def test_a_socket_that_is_already_there_is_an_error_and_is_left_alone(start: Start, runtime_dir: Path) -> None:
+    (runtime_dir / SOCKET).write_text("not a socket")
+    assert start(directory=runtime_dir).reason() == "WORKER_FAILED"
+    assert (runtime_dir / SOCKET).read_text() == "not a socket"
+
+
+def test_a_lock_that_is_a_symbolic_link_is_not_followed(start: Start, runtime_dir: Path) -> None:
+    directory = runtime_dir / "vm"
+    directory.mkdir()
+    (directory / LOCK).symlink_to(runtime_dir / "elsewhere")
+    assert start(directory=directory).reason() == "WORKER_FAILED"
+    assert not (runtime_dir / "elsewhere").exists()
+
+
+def test_a_worker_serves_though_nobody_reads_that_it_is_ready(start: Start) -> None:
+    ours, its = socket.socketpair()
+    with ours:
+        # What it says then is EPIPE, as from a pipe whose reader died.
+        ours.shutdown(socket.SHUT_RD)
+        with its:
+            worker = start(stdout=its)
+        # It lets go of its standard output once it has tried.
+        assert hung_up(ours)
+        assert worker.serves()
+
+
+def test_a_worker_lets_go_of_its_standard_streams_once_it_is_ready(worker: WorkerProcess) -> None:
+    assert worker.process.stdout is not None
+    assert worker.process.stdout.read() == b""
+    for number in (0, 1):
+        assert str(Path(f"/proc/{worker.pid}/fd/{number}").readlink()) == "/dev/null"
+
+
+def test_a_worker_has_nothing_open_but_its_own(worker: WorkerProcess) -> None:
+    with worker.meet():
+        links = worker.open_files()
+    own = [link for link in links if not re.fullmatch(r"socket:.*|pipe:.*|anon_inode:\[eventpoll\]|/dev/null", link)]
+    assert own == [str(worker.directory), str(worker.directory / LOCK)]
+    # The listener, the pair that signals go through, this connection; and standard error.
+    assert sum(link.startswith("socket:") for link in links) == 4
+    assert sum(link.startswith("pipe:") for link in links) == 1
+
+
+# --- the lock ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGSEGV])
+def test_the_lock_is_held_exactly_as_long_as_the_worker_lives(start: Start, number: signal.Signals) -> None:
+    worker = start()
+    worker.first_line()
+    assert worker.holds_its_lock()
+    worker.process.send_signal(number)
+    worker.process.wait(SECONDS)
+    assert (worker.directory / LOCK).exists()
+    assert not worker.holds_its_lock()
+
+
+# --- ending --------------------------------------------------------------------------------------------------------
+
+
+def test_sigterm_ends_a_worker_in_order(worker: WorkerProcess) -> None:
+    with worker.meet() as front:
+        worker.process.terminate()
+        assert worker.process.wait(SECONDS) == 0
+        assert front.is_hung_up_on()
+    assert worker.process.stderr is not None
+    assert worker.process.stderr.read() == b""
+    with pytest.raises(ConnectionRefusedError):
+        worker.connect()
+
+
+def test_sigterm_ends_a_worker_that_nobody_talks_with(worker: WorkerProcess) -> None:
+    worker.process.terminate()
+    assert worker.process.wait(SECONDS) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGPIPE])
+def test_signals_that_are_meant_for_the_front_do_not_reach_the_vm(
+    shared_worker: WorkerProcess, number: signal.Signals
+) -> None:
+    with shared_worker.meet() as front:
+        shared_worker.process.send_signal(number)
+        # A signal that is ignored is gone when kill() returns; the second answer is from after the first.
+        for _ in range(2):
+            assert front.ok(op="status") == {"uses_keys": False}
+
+
+def test_a_shutdown_ends_the_worker_after_its_answer(worker: WorkerProcess) -> None:
+    with worker.meet() as front:
+        assert front.ok(op="shutdown", uid=UID) == {}
+        assert worker.process.wait(SECONDS) == 0
+        assert front.is_hung_up_on()
+
+
+@pytest.mark.parametrize("uid", [UID[:-1] + "8", "", None, 7, UID.upper()])
+def test_a_shutdown_that_is_meant_for_another_vm_is_refused(shared_worker: WorkerProcess, uid: object) -> None:
+    with shared_worker.meet() as front:
+        front.say(op="shutdown", uid=uid)
+        assert front.is_hung_up_on()
+    assert shared_worker.serves()
+
+
+# --- serving -------------------------------------------------------------------------------------------------------
+
+
+def test_keys_go_in_and_come_out_through_the_two_buffers(worker: WorkerProcess) -> None:
+    keys = bytes(range(0, 256, 2)) * 4
+    with worker.meet() as front, _attached(front) as buffers:
+        buffers[: len(keys)] = keys
+        asked = {"buffer": 0, "start": 100, "count": len(keys)}
+        assert front.ok(op="set", allow_enable=True, **asked) == {"repaired": 0, "enabled": True}
+        assert front.ok(op="set", allow_enable=False, **asked) == {"repaired": 0, "enabled": False}
+        # Two at once, the answers in the order of the requests.
+        front.say(op="get", buffer=1, start=100, count=512)
+        front.say(op="get", buffer=0, start=101, count=511)
+        assert [front.take(), front.take()] == [{"ok": {"uses_keys": True}}] * 2
+        assert buffers[SLICE_KEYS : SLICE_KEYS + 512] == keys
+        assert buffers[:511] == keys[1:]
+        assert front.ok(op="status") == {"uses_keys": True}
+
+
+def test_a_write_says_how_many_keys_the_kernel_had_lost(start: Start) -> None:
+    worker = start(simulated((0, 4), kernel="4.19"))
+    worker.first_line()
+    with worker.meet() as front, _attached(front) as buffers:
+        buffers[: 4 * SEGMENT] = b"\x38" * 4 * SEGMENT
+        answer = front.ok(op="set", buffer=0, start=0, count=4 * SEGMENT, allow_enable=True)
+        assert answer == {"repaired": 4, "enabled": True}
+        front.ok(op="get", buffer=1, start=0, count=4 * SEGMENT)
+        assert buffers[SLICE_KEYS : SLICE_KEYS + 4 * SEGMENT] == b"\x38" * 4 * SEGMENT
+
+
+def test_a_slice_is_as_large_as_a_buffer(start: Start) -> None:
+    worker = start(simulated((0, SLICE_KEYS // SEGMENT)))
+    worker.first_line()
+    with worker.meet() as front, _attached(front) as buffers:
+        buffers[SLICE_KEYS:] = b"\x38" * SLICE_KEYS
+        front.ok(op="set", buffer=1, start=0, count=SLICE_KEYS, allow_enable=True)
+        front.ok(op="get", buffer=0, start=0, count=SLICE_KEYS)
+        assert buffers[:SLICE_KEYS] == b"\x38" * SLICE_KEYS
+
+
+def test_a_reader_of_a_keyless_guest_finds_its_buffer_untouched(shared_worker: WorkerProcess) -> None:
+    with shared_worker.meet() as front, _attached(front) as buffers:
+        buffers[:4] = b"\xee" * 4
+        assert front.ok(op="get", buffer=0, start=0, count=4) == {"uses_keys": False}
+        assert buffers[:4] == b"\xee" * 4
+
+
+@pytest.mark.parametrize(
+    ("keys", "asked", "reason"),
+    [
+        (b"\x01", {"start": 0, "count": 1, "allow_enable": True}, "KEY_RESERVED_BIT"),
+        (b"\x10", {"start": 0, "count": 1, "allow_enable": False}, "SKEYS_NOT_ENABLED"),
+        (b"\x10", {"start": 4 * SEGMENT, "count": 1, "allow_enable": True}, "GFN_NOT_MAPPED"),
+        (b"\x10", {"start": 4 * SEGMENT - 1, "count": 2, "allow_enable": True}, "GFN_NOT_MAPPED"),
+        (b"\x10", {"start": (1 << 64) - 1, "count": 2, "allow_enable": True}, "RANGE_OVERFLOW"),
+        (b"\x10", {"start": 0, "count": SLICE_KEYS, "allow_enable": True}, "GFN_NOT_MAPPED"),
+    ],
+)
+def test_a_write_that_is_refused_is_an_answer_and_enables_nothing(
+    shared_worker: WorkerProcess, keys: bytes, asked: dict[str, object], reason: str
+) -> None:
+    with shared_worker.meet() as front, _attached(front) as buffers:
+        buffers[: len(keys)] = keys
+        assert front.refused(op="set", buffer=0, **asked) == reason
+        assert front.ok(op="status") == {"uses_keys": False}
+
+
+@pytest.mark.parametrize(("start_", "count"), [(4 * SEGMENT, 1), (4 * SEGMENT - 1, 2), ((1 << 64) - 1, 1)])
+def test_a_read_of_frames_without_memory_is_refused_though_the_guest_is_keyless(
+    shared_worker: WorkerProcess, start_: int, count: int
+) -> None:
+    with shared_worker.meet() as front, _attached(front):
+        assert front.refused(op="get", buffer=0, start=start_, count=count) == "GFN_NOT_MAPPED"
+
+
+# --- the buffers ---------------------------------------------------------------------------------------------------
+
+
+def test_the_buffers_can_neither_be_cut_nor_grown(shared_worker: WorkerProcess) -> None:
+    with shared_worker.meet() as front:
+        fd = front.attach()
+        try:
+            assert os.fstat(fd).st_size == BUFFER_BYTES
+            for size in (0, BUFFER_BYTES - 4096, BUFFER_BYTES + 4096):
+                with pytest.raises(PermissionError):
+                    os.ftruncate(fd, size)
+            seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+            assert seals == fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+        finally:
+            os.close(fd)
+
+
+def test_each_connection_has_buffers_of_its_own(shared_worker: WorkerProcess) -> None:
+    with (
+        shared_worker.meet() as one,
+        shared_worker.meet() as other,
+        _attached(one) as first,
+        _attached(other) as second,
+    ):
+        first[0] = 0x38
+        assert second[0] == 0
+
+
+def test_the_buffers_of_a_connection_are_given_back_when_it_ends(shared_worker: WorkerProcess) -> None:
+    def memfds() -> int:
+        maps = Path(f"/proc/{shared_worker.pid}/maps").read_text().count("memfd:skeyd-keys")
+        return maps + sum("memfd:" in link for link in shared_worker.open_files())
+
+    for _ in range(3):
+        with shared_worker.meet() as front, _attached(front):
+            assert memfds() > 0
+        # It meets the next one after it has seen the end of the one before.
+        assert shared_worker.serves()
+        assert memfds() == 0
+
+
+# --- peers that break the protocol ---------------------------------------------------------------------------------
+
+NOT_ATTACHED: list[dict[str, object]] = [
+    {"op": "get", "buffer": 0, "start": 0, "count": 1},
+    {"op": "set", "buffer": 0, "start": 0, "count": 1, "allow_enable": True},
+]
+BAD_OPS: list[dict[str, object]] = [
+    {},
+    {"op": ""},
+    {"op": "reboot"},
+    {"op": None},
+    {"op": 1},
+    {"op": ["get"]},
+    {"ok": {}},
+]
+BAD_SLICES: list[dict[str, object]] = [
+    {"buffer": -1},
+    {"buffer": 2},
+    {"buffer": 1 << 70},
+    {"buffer": True},
+    {"buffer": None},
+    {"buffer": "0"},
+    {"start": -1},
+    {"start": 1 << 64},
+    {"start": 1.0},
+    {"start": None},
+    {"count": 0},
+    {"count": -1},
+    {"count": SLICE_KEYS + 1},
+    {"count": True},
+    {"count": None},
+]
+
+
+@pytest.mark.parametrize("request_", [*NOT_ATTACHED, *BAD_OPS])
+def test_a_request_that_breaks_the_protocol_ends_its_connection_and_no_other(
+    shared_worker: WorkerProcess, request_: dict[str, object]
+) -> None:
+    with shared_worker.meet() as other, shared_worker.meet() as front:
+        front.say(**request_)
+        assert front.is_hung_up_on()
+        assert other.ok(op="status") == {"uses_keys": False}
+
+
+@pytest.mark.parametrize("op", ["get", "set"])
+def test_a_slice_out_of_bounds_ends_its_connection_and_no_other(shared_worker: WorkerProcess, op: str) -> None:
+    with shared_worker.meet() as other:
+        for bad in BAD_SLICES:
+            with shared_worker.meet() as front, _attached(front):
+                front.say(**{"op": op, "buffer": 0, "start": 0, "count": 1, "allow_enable": True, **bad})
+                assert front.is_hung_up_on(), bad
+        assert other.ok(op="status") == {"uses_keys": False}
+
+
+@pytest.mark.parametrize("allow", [None, 0, 1, "true"])
+def test_a_write_that_does_not_say_whether_it_may_enable_sets_nothing(
+    shared_worker: WorkerProcess, allow: object
+) -> None:
+    with shared_worker.meet() as front, _attached(front):
+        front.say(op="set", buffer=0, start=0, count=1, allow_enable=allow)
+        assert front.is_hung_up_on()
+    with shared_worker.meet() as front:
+        assert front.ok(op="status") == {"uses_keys": False}
+
+
+def test_attaching_twice_ends_the_connection(shared_worker: WorkerProcess) -> None:
+    with shared_worker.meet() as front, _attached(front):
+        front.say(op="attach")
+        assert front.is_hung_up_on()
+    assert shared_worker.serves()
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [b"", b"\0", b"{", b"[]", b"null", b"\xff" * 100, b"[" * 60_000, b"{}" + b" " * MESSAGE_MAX],
+    ids=["empty", "zero", "half", "array", "null", "no text", "deep", "too long"],
+)
+@pytest.mark.parametrize("with_fd", [False, True])
+def test_garbage_ends_its_connection_and_no_other(shared_worker: WorkerProcess, packet: bytes, with_fd: bool) -> None:
+    with shared_worker.meet() as other, shared_worker.meet() as front:
+        if with_fd:
+            socket.send_fds(front.socket, [packet], [front.socket.fileno()])
+        else:
+            front.socket.send(packet)
+        assert front.is_hung_up_on()
+        assert other.ok(op="status") == {"uses_keys": False}
+
+
+def test_descriptors_that_nobody_asked_for_are_not_kept(shared_worker: WorkerProcess) -> None:
+    with shared_worker.meet() as front:
+        before = shared_worker.open_files()
+        for _ in range(5):
+            socket.send_fds(front.socket, [encode({"op": "status"})], [front.socket.fileno()])
+            assert front.take() == {"ok": {"uses_keys": False}}
+        assert shared_worker.open_files() == before
+
+
+@pytest.mark.parametrize("op", ["status", "attach", "get", "set"])
+def test_a_front_that_dies_in_the_middle_of_a_request_harms_nobody(worker: WorkerProcess, op: str) -> None:
+    for _ in range(3):
+        with worker.meet() as front:
+            if op in ("get", "set"):
+                os.close(front.attach())
+            for _ in range(3 if op != "attach" else 1):
+                front.say(op=op, buffer=0, start=0, count=1, allow_enable=True)
+    assert worker.serves()
+
+
+def test_a_front_that_hangs_up_before_the_hello_harms_nobody(shared_worker: WorkerProcess) -> None:
+    for _ in range(20):
+        shared_worker.connect().close()
+    assert shared_worker.serves()
+
+
+def test_a_peer_that_never_reads_its_answers_is_hung_up_on_and_nobody_waits_for_it(
+    shared_worker: WorkerProcess,
+) -> None:
+    with shared_worker.meet() as deaf:
+
+        def ask_for_ever() -> None:
+            while True:
+                deaf.say(op="status")
+
+        with pytest.raises(OSError, match=r"Broken pipe|Connection reset") as ended:
+            ask_for_ever()
+        assert ended.value.errno in (errno.EPIPE, errno.ECONNRESET)
+        assert shared_worker.serves()
+
+
+def test_one_connection_too_many_is_hung_up_on_and_a_place_that_is_given_back_can_be_had(
+    shared_worker: WorkerProcess,
+) -> None:
+    with ExitStack() as undo:
+        fronts = [undo.enter_context(shared_worker.meet()) for _ in range(MAX_CONNECTIONS)]
+        with shared_worker.connect() as one_too_many:
+            assert one_too_many.is_hung_up_on()
+        assert fronts[-1].ok(op="status") == {"uses_keys": False}
+        fronts[0].close()
+        # The worker takes things in their order: after this answer it knows of the place.
+        fronts[-1].ok(op="status")
+        undo.enter_context(shared_worker.meet())

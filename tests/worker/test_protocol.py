@@ -1,0 +1,400 @@
+"""Every message of front and worker: as it was written, or refused by the field that is wrong."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from skeyd.errors import Reason, SkeydError
+from skeyd.gfn import GfnRange, MemorySlot
+from skeyd.worker import protocol
+from skeyd.worker.protocol import (
+    MAX_MEMORY,
+    MAX_MEMORY_SLOTS,
+    MESSAGE_MAX,
+    Fields,
+    Hello,
+    ProtocolError,
+    SlotSpec,
+    Spec,
+    decode,
+    encode,
+    error_message,
+    take_answer,
+)
+from tests.worker.specs import UID
+
+SPEC = Spec(
+    "web-1", UID, "owned", (SlotSpec(0, 1 << 20, "memfd"), SlotSpec(1 << 30, 1 << 20, "file", "/g/m")), 1_700_000_000
+)
+HELLO = Hello(
+    "web-1",
+    UID,
+    "0123456789abcdef0123456789abcdef",
+    "simulated",
+    "simulated Linux 7.2",
+    "0.1.0",
+    4711,
+    1_700_000_000,
+    (MemorySlot(0, GfnRange(0, 256), "none"), MemorySlot(1, GfnRange(512, 256), "none")),
+)
+
+READERS: dict[str, tuple[dict[str, Any], Callable[[Fields], object]]] = {
+    "spec": (SPEC.to_message(), Spec.from_message),
+    "hello": (HELLO.to_message(), Hello.from_message),
+}
+
+NO_OBJECT: list[Any] = [None, True, 0, 1.5, "{}", []]
+NO_LIST: list[Any] = [None, True, 0, 1.5, "[]", {}]
+NO_TEXT: list[Any] = [None, True, 0, 1.5, [], {}, ["a"]]
+# Python's JSON knows NaN and the infinities, and in Python true is a number.
+NO_INTEGER: list[Any] = [None, True, False, "1", 1.0, 1.5, [], {}, [1], float("nan"), float("inf"), 10**4000, -(10**99)]
+LONG = "x" * 1025
+BAD_ID = ["", "A", "1a", "-a", "a-", "a_b", "a b", "a.b", "a/b", "..", "ä", "a" * 64, "a\n", "\na", "a\0"]
+BAD_UID = ["", UID[:-1], UID + "0", UID.upper(), UID.replace("-", ""), UID + "\n", "{" + UID + "}"]
+BAD_KIND = ["", "Owned", "adopted", "owned ", "none"]
+BAD_BACKING = ["", "ANONYMOUS", "hugetlb", "anonymous\n"]
+
+BAD: dict[str, dict[tuple[str | int, ...], list[Any]]] = {
+    "spec": {
+        ("protocol",): [*NO_INTEGER, 0, 2, -1],
+        ("id",): [*NO_TEXT, *BAD_ID],
+        ("uid",): [*NO_TEXT, *BAD_UID],
+        ("kind",): [*NO_TEXT, *BAD_KIND],
+        ("created",): [*NO_INTEGER, -1, protocol.CREATED_MAX + 1],
+        ("simulated_kernel",): [*NO_TEXT, "", "6.1", "7.2 ", "latest"],
+        ("slots",): [*NO_LIST, *([one] for one in NO_OBJECT)],
+        ("slots", 1, "guest_phys_addr"): [*NO_INTEGER, -1, 1 << 64],
+        ("slots", 1, "size"): [*NO_INTEGER, -1, 0, MAX_MEMORY + 1, 1 << 64],
+        ("slots", 1, "backing"): [*NO_TEXT, *BAD_BACKING],
+        ("slots", 1, "path"): [*NO_TEXT, LONG],
+    },
+    "hello": {
+        ("protocol",): [*NO_INTEGER, 0, 2, -1],
+        ("id",): [*NO_TEXT, *BAD_ID],
+        ("uid",): [*NO_TEXT, *BAD_UID],
+        ("incarnation",): [*NO_TEXT, "", "0" * 31, "0" * 33, "G" * 32, "A" * 32, "0" * 32 + "\n"],
+        ("kind",): [*NO_TEXT, *BAD_KIND],
+        ("kernel",): [*NO_TEXT, LONG],
+        ("version",): [*NO_TEXT, LONG],
+        ("pid",): [*NO_INTEGER, -1, 0, (1 << 31) + 1],
+        ("created",): [*NO_INTEGER, -1, protocol.CREATED_MAX + 1],
+        ("slots",): [*NO_LIST, *([one] for one in NO_OBJECT)],
+        ("slots", 1, "slot"): [*NO_INTEGER, -1, MAX_MEMORY_SLOTS],
+        ("slots", 1, "start"): [*NO_INTEGER, -1, 1 << 64],
+        ("slots", 1, "count"): [*NO_INTEGER, -1, 0, (1 << 64) + 1],
+        ("slots", 1, "backing"): [*NO_TEXT, *BAD_BACKING],
+    },
+}
+
+
+def _over_the_wire(message: dict[str, Any]) -> Fields:
+    return decode(json.dumps(message).encode(), "it")
+
+
+def _places(kind: str) -> list[Any]:
+    return [pytest.param(kind, place, id=f"{kind}-{'.'.join(map(str, place))}") for place in BAD[kind]]
+
+
+def _holder(message: dict[str, Any], place: tuple[str | int, ...]) -> Any:
+    holder: Any = message
+    for step in place[:-1]:
+        holder = holder[step]
+    return holder
+
+
+every_field = pytest.mark.parametrize(("kind", "place"), [*_places("spec"), *_places("hello")])
+
+
+# --- whole messages ------------------------------------------------------------------------------------------------
+
+
+def test_the_messages_that_the_tests_break_are_good_before() -> None:
+    assert Spec.from_message(_over_the_wire(SPEC.to_message())) == SPEC
+    assert Hello.from_message(_over_the_wire(HELLO.to_message())) == HELLO
+
+
+def test_every_field_of_every_message_is_broken_by_some_test() -> None:
+    for kind, (message, _) in READERS.items():
+        fields = {(name,) for name in message} | {("slots", 1, name) for name in message["slots"][1]}
+        assert fields == set(BAD[kind])
+
+
+_texts = st.text(st.characters().filter(str.isprintable), max_size=40)
+_frames = st.integers(0, (1 << 64) - 1).flatmap(
+    lambda start: st.builds(GfnRange, st.just(start), st.integers(1, min(1 << 52, (1 << 64) - start)))
+)
+
+
+@given(
+    st.builds(
+        Spec,
+        vm_id=st.from_regex(protocol.VM_ID, fullmatch=True),
+        uid=st.uuids().map(str),
+        kind=st.sampled_from(protocol.KINDS),
+        slots=st.lists(
+            st.builds(
+                SlotSpec,
+                st.integers(0, (1 << 64) - 1),
+                st.integers(1, MAX_MEMORY),
+                st.sampled_from(protocol.BACKINGS),
+                _texts,
+            ),
+            max_size=MAX_MEMORY_SLOTS,
+        ).map(tuple),
+        created=st.integers(0, protocol.CREATED_MAX),
+        simulated_kernel=st.sampled_from(protocol.SIMULATED_KERNELS),
+    )
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_a_spec_arrives_as_it_was_written(spec: Spec) -> None:
+    assert Spec.from_message(decode(encode(spec.to_message()), "it")) == spec
+
+
+@given(
+    st.builds(
+        Hello,
+        vm_id=st.from_regex(protocol.VM_ID, fullmatch=True),
+        uid=st.uuids().map(str),
+        incarnation=st.from_regex(protocol.INCARNATION, fullmatch=True),
+        kind=st.sampled_from(protocol.KINDS),
+        kernel=_texts,
+        version=_texts,
+        pid=st.integers(1, (1 << 31) - 1),
+        created=st.integers(0, protocol.CREATED_MAX),
+        slots=st.builds(
+            MemorySlot,
+            st.integers(0, MAX_MEMORY_SLOTS - 1),
+            _frames,
+            st.sampled_from(protocol.BACKINGS),
+        ).map(lambda one: (one,)),
+    )
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_a_hello_arrives_as_it_was_written(hello: Hello) -> None:
+    assert Hello.from_message(decode(encode(hello.to_message()), "it")) == hello
+
+
+@every_field
+def test_a_field_that_is_wrong_in_any_way_is_refused_by_name(kind: str, place: tuple[str | int, ...]) -> None:
+    good, read = READERS[kind]
+    for value in BAD[kind][place]:
+        message = copy.deepcopy(good)
+        _holder(message, place)[place[-1]] = value
+        refusal = _refusal(read, message)
+        assert refusal is not None, f"{value!r} was taken"
+        assert str(place[-1]) in refusal
+
+
+def _refusal(read: Callable[[Fields], object], message: dict[str, Any]) -> str | None:
+    try:
+        read(_over_the_wire(message))
+    except ProtocolError as error:
+        return str(error)
+    return None
+
+
+@every_field
+def test_a_field_that_is_missing_is_refused_by_name(kind: str, place: tuple[str | int, ...]) -> None:
+    good, read = READERS[kind]
+    message = copy.deepcopy(good)
+    del _holder(message, place)[place[-1]]
+    with pytest.raises(ProtocolError, match=str(place[-1])):
+        read(_over_the_wire(message))
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_a_field_that_this_version_does_not_know_changes_nothing(kind: str) -> None:
+    good, read = READERS[kind]
+    assert read(_over_the_wire({**good, "new": [1, {"a": None}]})) == read(_over_the_wire(good))
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_a_vm_has_at_most_so_many_slots(kind: str) -> None:
+    good, read = READERS[kind]
+    message = {**good, "slots": [good["slots"][0]] * (MAX_MEMORY_SLOTS + 1)}
+    with pytest.raises(ProtocolError, match=f"slots is no list of at most {MAX_MEMORY_SLOTS}"):
+        read(_over_the_wire(message))
+
+
+def test_a_worker_without_memory_is_none() -> None:
+    with pytest.raises(ProtocolError, match="without memory slots"):
+        Hello.from_message(_over_the_wire({**HELLO.to_message(), "slots": []}))
+
+
+@pytest.mark.parametrize(("start", "count"), [((1 << 64) - 1, 2), ((1 << 64) - 256, 512)])
+def test_a_worker_with_memory_beyond_two_to_the_64_is_none(start: int, count: int) -> None:
+    slots = [{"slot": 0, "start": start, "count": count, "backing": "none"}]
+    with pytest.raises(ProtocolError, match=r"beyond 2\^64"):
+        Hello.from_message(_over_the_wire({**HELLO.to_message(), "slots": slots}))
+
+
+@pytest.mark.parametrize("second", [(0, 256), (255, 1), (0, 1), (100, 1000)])
+def test_a_worker_whose_memory_overlaps_is_none(second: tuple[int, int]) -> None:
+    slots = [
+        {"slot": number, "start": start, "count": count, "backing": "none"}
+        for number, (start, count) in enumerate([(0, 256), second])
+    ]
+    with pytest.raises(ProtocolError, match="memory slots that overlap"):
+        Hello.from_message(_over_the_wire({**HELLO.to_message(), "slots": slots}))
+
+
+# --- packets -------------------------------------------------------------------------------------------------------
+
+
+def _packets() -> Iterator[tuple[str, bytes]]:
+    yield "nothing", b""
+    yield "a word", b"hello"
+    yield "half an object", b'{"a":'
+    yield "two objects", b"{}{}"
+    yield "something after", b"{}\0"
+    yield "no text", b"\xff\xff\xff"
+    yield "broken UTF-8", b'{"a":"\xc3"}'
+    yield "an array", b"[{}]"
+    yield "a string", b'"{}"'
+    yield "a number", b"1"
+    yield "null", b"null"
+    yield "NaN", b"NaN"
+    yield "deep arrays", b"[" * 50_000
+    yield "deep objects", b'{"a":' * 10_000
+    yield "deep and whole", b'{"a":' + b"[" * 25_000 + b"]" * 25_000 + b"}"
+    yield "a number of thousands of digits", b'{"a":' + b"9" * 20_000 + b"}"
+    yield "a byte too many", b"{}" + b" " * (MESSAGE_MAX - 1)
+
+
+@pytest.mark.parametrize("data", [pytest.param(data, id=name) for name, data in _packets()])
+def test_a_packet_that_is_not_one_object_is_refused(data: bytes) -> None:
+    with pytest.raises(ProtocolError, match=r"^it is "):
+        decode(data, "it")
+
+
+def test_the_largest_packet_is_taken() -> None:
+    decode(b"{}" + b" " * (MESSAGE_MAX - 2), "it")
+
+
+def test_a_message_is_written_down_up_to_the_size_of_a_packet_and_no_further() -> None:
+    room = MESSAGE_MAX - len(encode({"a": ""}))
+    assert len(encode({"a": "x" * room})) == MESSAGE_MAX
+    with pytest.raises(ProtocolError, match="doesn't fit a packet"):
+        encode({"a": "x" * (room + 1)})
+
+
+@given(st.binary(max_size=200) | st.text(alphabet='{}[]":,0aentrufls \\.-', max_size=60).map(str.encode))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_whatever_arrives_is_fields_or_a_protocol_error(data: bytes) -> None:
+    with suppress(ProtocolError):
+        assert isinstance(decode(data, "it"), Fields)
+
+
+# --- fields --------------------------------------------------------------------------------------------------------
+
+
+def test_bounds_are_included() -> None:
+    fields = _over_the_wire({"least": 3, "most": 7})
+    assert fields.integer("least", 3, 7) == 3
+    assert fields.integer("most", 3, 7) == 7
+
+
+@pytest.mark.parametrize("value", [None, 0, 1, "true", [], {}, 1.0])
+def test_what_is_neither_true_nor_false_is_refused(value: Any) -> None:
+    with pytest.raises(ProtocolError, match="it: flag is neither true nor false"):
+        _over_the_wire({"flag": value}).boolean("flag")
+
+
+def test_a_text_of_1024_characters_is_the_longest() -> None:
+    assert _over_the_wire({"a": LONG[:-1]}).text("a") == LONG[:-1]
+    with pytest.raises(ProtocolError, match="a is no text"):
+        _over_the_wire({"a": LONG}).text("a")
+
+
+def test_null_is_as_good_as_missing() -> None:
+    fields = _over_the_wire({"null": None, "false": False, "zero": 0})
+    assert not fields.has("null")
+    assert not fields.has("missing")
+    assert fields.has("false")
+    assert fields.has("zero")
+
+
+# --- answers -------------------------------------------------------------------------------------------------------
+
+
+def test_a_good_answer_is_what_is_in_it() -> None:
+    assert take_answer(_over_the_wire({"ok": {"a": 1}})).integer("a", 1, 1) == 1
+
+
+@pytest.mark.parametrize("reason", Reason)
+def test_every_error_arrives_as_it_was_raised(reason: Reason) -> None:
+    error = SkeydError(reason, "what went wrong: ä", {"gfn": "0x1", "vm": "vms/web"})
+    with pytest.raises(SkeydError) as raised:
+        take_answer(decode(encode(error_message(error)), "it"))
+    assert (raised.value.reason, raised.value.message) == (reason, error.message)
+    assert raised.value.metadata == error.metadata
+
+
+def test_what_a_terminal_would_take_for_a_command_arrives_as_question_marks() -> None:
+    error = SkeydError(Reason.KERNEL_REFUSED, "a\n\0\x1b[2Jb", {"file": "\udc80"})
+    with pytest.raises(SkeydError) as raised:
+        take_answer(decode(encode(error_message(error)), "it"))
+    assert (raised.value.message, raised.value.metadata) == ("a???[2Jb", {"file": "?"})
+
+
+@pytest.mark.parametrize("text", ["a\nb", "\x1b[2J", "\ud800", "\0"])
+def test_a_worker_whose_words_are_not_printable_is_none(text: str) -> None:
+    with pytest.raises(ProtocolError, match="kernel"):
+        Hello.from_message(_over_the_wire({**HELLO.to_message(), "kernel": text}))
+
+
+def test_an_error_of_any_length_fits_a_packet_and_arrives_cut() -> None:
+    error = SkeydError(Reason.KERNEL_REFUSED, "m" * 100_000, {"long": "v" * 100_000})
+    with pytest.raises(SkeydError) as raised:
+        take_answer(decode(encode(error_message(error)), "it"))
+    assert raised.value.message == "m" * 1024
+    assert raised.value.metadata == {"long": "v" * 1024}
+
+
+def test_an_error_of_a_later_version_is_a_failed_worker_that_is_quoted() -> None:
+    answer = {"error": {"reason": "NEW_REASON", "message": "something new", "metadata": {}}}
+    with pytest.raises(SkeydError) as raised:
+        take_answer(_over_the_wire(answer))
+    assert raised.value.reason is Reason.WORKER_FAILED
+    assert "NEW_REASON: something new" in raised.value.message
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {},
+        {"ok": None},
+        *({"ok": value} for value in NO_OBJECT),
+        *({"error": value} for value in NO_OBJECT if value is not None),
+        {"error": {}},
+        *({"error": {"reason": value, "message": "m", "metadata": {}}} for value in [*NO_TEXT, LONG]),
+        *({"error": {"reason": "VM_DEAD", "message": value, "metadata": {}}} for value in [*NO_TEXT, LONG]),
+        *({"error": {"reason": "VM_DEAD", "message": "m", "metadata": value}} for value in NO_OBJECT),
+        *({"error": {"reason": "VM_DEAD", "message": "m", "metadata": {"a": value}}} for value in [*NO_TEXT, LONG]),
+        {"error": {"reason": "VM_DEAD", "message": "m"}},
+    ],
+)
+def test_an_answer_that_is_none_is_refused(answer: dict[str, Any]) -> None:
+    with pytest.raises(ProtocolError):
+        take_answer(_over_the_wire(answer))
+
+
+# --- numbers -------------------------------------------------------------------------------------------------------
+
+
+def test_the_largest_slot_is_the_kernels_number_of_frames_in_whole_mebibytes() -> None:
+    frames = (1 << 31) - 1
+    assert MAX_MEMORY <= frames * 4096 < MAX_MEMORY + (1 << 20)
+    assert MAX_MEMORY % (1 << 20) == 0
+
+
+def test_the_buffers_are_slices_side_by_side() -> None:
+    assert protocol.BUFFER_BYTES == protocol.BUFFERS * protocol.SLICE_KEYS
