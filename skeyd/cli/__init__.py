@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from functools import partial
+from typing import NoReturn
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run skeyctl and exit with its code."""
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run skeyctl and exit with its code. For the main thread of a process that does nothing else."""
     _open_missing_streams()
     # Its own log goes to standard error, where programs look for one JSON object. Read when grpc is imported.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # A thread of grpc can trip over a call that an interrupt cuts off (seen with 1.85), and would say so there too.
     threading.excepthook = lambda _: None
-    from skeyd.cli import skeyctl
+    from skeyd.cli import interrupts, skeyctl
 
-    skeyctl.main(arguments)
+    interrupts.run(partial(skeyctl.main, arguments), partial(skeyctl.say_interrupted, arguments))
 
 
 def _open_missing_streams() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
+from skeyd.cli.interrupts import connect
 from skeyd.cli.options import json_option, show_json, show_table
-from skeyd.client import connect
 from skeyd.v1 import host_service_pb2 as pb
 
 _ANSWERS = {pb.ANSWER_YES: "yes", pb.ANSWER_NO: "no"}

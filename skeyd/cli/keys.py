@@ -13,8 +13,9 @@ from typing import Any
 
 import click
 
+from skeyd.cli.interrupts import connect
 from skeyd.cli.options import RANGE, json_option, number_of, show_json, vm_name
-from skeyd.client import Gap, Keys, KeyStream, SetResult, Snapshot, connect, write_snapshot
+from skeyd.client import Gap, Keys, KeyStream, SetResult, Snapshot, write_snapshot
 from skeyd.client.keys import repeated
 from skeyd.gfn import GfnRange, Ranges
 from skeyd.storage_key import StorageKey, runs_of_equal

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import click
 import grpc
 
 import skeyd
+from skeyd.cli import interrupts
 from skeyd.cli.host import host
 from skeyd.cli.keys import keys
 from skeyd.cli.vm import vm
@@ -40,7 +41,7 @@ Exit codes:
   {EXIT_UNREACHABLE:>3}  the daemon can't be reached
   {EXIT_DAMAGED:>3}  keys or a file don't match their checksums, or are cut off
   {EXIT_FILE:>3}  a file can't be read or written
-  {EXIT_INTERRUPTED:>3}  interrupted
+  {EXIT_INTERRUPTED:>3}  interrupted; 143 by SIGTERM, 129 by SIGHUP
 
 \b
 Examples:
@@ -85,13 +86,13 @@ skeyctl.add_command(vm)
 skeyctl.add_command(keys)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> NoReturn:
     """Run skeyctl and exit with its code."""
-    as_json = "--json" in (sys.argv[1:] if arguments is None else arguments)
+    as_json = _wants_json(arguments)
     try:
-        status = skeyctl.main(arguments, prog_name="skeyctl", standalone_mode=False)
+        status = _invoke(arguments)
     except click.exceptions.Abort:
-        _say("INTERRUPTED", "interrupted", {}, as_json)
+        say_interrupted(arguments)
         sys.exit(EXIT_INTERRUPTED)
     except click.ClickException as error:
         if as_json:
@@ -111,18 +112,30 @@ def main(arguments: list[str] | None = None) -> None:
     except UnicodeEncodeError as error:
         _say("USAGE", f"{error.object!r} is no UTF-8", {}, as_json)
         sys.exit(EXIT_USAGE)
-    except RuntimeError as error:
-        # An interrupt between two steps of a lock, which grpc takes and releases all the time: threading trips over it.
-        if not isinstance(error.__context__, KeyboardInterrupt):
-            raise
-        _say("INTERRUPTED", "interrupted", {}, as_json)
-        sys.exit(EXIT_INTERRUPTED)
     except OSError as error:
         _give_up_output()
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         _say("FILE", what, {}, as_json)
         sys.exit(EXIT_FILE)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def say_interrupted(arguments: list[str] | None = None) -> None:
+    """Say that a command was interrupted, as these arguments want it said."""
+    _say("INTERRUPTED", "interrupted", {}, _wants_json(arguments))
+
+
+def _wants_json(arguments: list[str] | None) -> bool:
+    return "--json" in (sys.argv[1:] if arguments is None else arguments)
+
+
+def _invoke(arguments: list[str] | None) -> Any:
+    try:
+        return skeyctl.main(arguments, prog_name="skeyctl", standalone_mode=False)
+    except Exception as error:
+        if interrupts.happened():
+            raise click.exceptions.Abort from error
+        raise
 
 
 def _give_up_output() -> None:

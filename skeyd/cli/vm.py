@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
+from skeyd.cli.interrupts import connect
 from skeyd.cli.options import json_option, require_utf8, show_json, show_table, size_of, vm_name
-from skeyd.client import connect
 from skeyd.gfn import GfnRange
 from skeyd.storage_key import FRAME_SIZE
 from skeyd.v1 import vm_pb2, vm_service_pb2

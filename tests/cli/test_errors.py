@@ -245,18 +245,6 @@ def test_an_empty_target_is_a_mistake_and_not_this_machine(monkeypatch: pytest.M
     check(lambda *more: skeyctl("", "vm", "delete", "a", "--yes", *more), 2, "USAGE", "--target", {})
 
 
-def test_an_interrupt_that_a_lock_trips_over_is_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Seen once in some 600 interrupts, and so not to be had on demand: Condition.wait() of a call, cut in between.
-    def trip(_: object) -> None:
-        try:
-            raise KeyboardInterrupt
-        finally:
-            threading.Lock().release()
-
-    monkeypatch.setattr(connection.Client, "list_vms", trip)
-    check(lambda *more: skeyctl(NOBODY, "vm", "list", *more), 130, "INTERRUPTED", "interrupted", {})
-
-
 def test_a_mistake_of_skeyctl_itself_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection.Client, "list_vms", lambda _: threading.Lock().release())
     with pytest.raises(RuntimeError):

@@ -152,9 +152,10 @@ class Stalled:
         assert self.cut.wait(SECONDS)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda one: one.name)
 @pytest.mark.parametrize("as_json", [[], ["--json"]], ids=["text", "json"])
 def test_a_dump_that_is_interrupted_leaves_what_was_there(
-    runtime_dir: Path, tmp_path: Path, as_json: list[str]
+    runtime_dir: Path, tmp_path: Path, as_json: list[str], number: signal.Signals
 ) -> None:
     file, stalled = tmp_path / "a.skeys", Stalled()
     file.write_bytes(OLD)
@@ -164,10 +165,10 @@ def test_a_dump_that_is_interrupted_leaves_what_was_there(
             terminal.wait_for("50%")
             assert len(names_in(tmp_path)) == 2, "half of it is in a file that has another name yet"
             assert file.read_bytes() == OLD
-            terminal.process.send_signal(signal.SIGINT)
+            terminal.process.send_signal(number)
             done = terminal.end()
         assert stalled.cut.wait(SECONDS), "the daemon was told"
-    assert (done.status, done.out) == (130, "")
+    assert (done.status, done.out) == (128 + number, "")
     last = done.err.splitlines()[-1]
     if as_json:
         error = {"reason": "INTERRUPTED", "message": "interrupted", "metadata": {}}
@@ -221,6 +222,63 @@ def test_a_wait_for_the_daemon_can_be_interrupted(runtime_dir: Path, command: st
         assert over.wait(SECONDS), "the daemon was told"
     assert (process.returncode, out) == (130, b"")
     assert json.loads(err)["error"]["reason"] == "INTERRUPTED"
+
+
+def test_a_command_that_stands_still_and_has_no_connection_ends_at_once(runtime_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.skeys"
+    os.mkfifo(file)
+    with LyingDaemon(runtime_dir) as daemon:
+        arguments = ["--target", daemon.target, "keys", "load", "a", str(file)]
+        with Terminal(*arguments) as terminal:
+            # It stands still where it opens the FIFO, before it has said a word, and has no connection yet.
+            writer = os.open(file, os.O_WRONLY)
+            try:
+                terminal.process.send_signal(signal.SIGTERM)
+                done = terminal.end()
+            finally:
+                os.close(writer)
+    assert (done.status, done.err) == (143, "\nskeyctl: interrupted [INTERRUPTED]\n")
+
+
+def test_a_command_that_cant_end_is_ended_by_a_second_interrupt(runtime_dir: Path) -> None:
+    cut = threading.Event()
+
+    def read(context: grpc.ServicerContext) -> Iterator[pb.GetSkeysResponse]:
+        _at_its_end(context, cut)
+        yield header((0, 1 << 20))
+        for start in range(0, 1 << 20, len(MANY)):
+            yield chunk(start, MANY)
+
+    with LyingDaemon(runtime_dir) as daemon:
+        daemon.reading = read
+        arguments = ["--target", daemon.target, "keys", "get", "a"]
+        with subprocess.Popen([*PROGRAM, *arguments], stdout=subprocess.PIPE, env=environment()) as process:
+            assert process.stdout is not None
+            assert process.stdout.read(1)  # the pipe's other 64 KiB are soon full
+            process.send_signal(signal.SIGINT)
+            assert cut.wait(SECONDS), "the daemon was told"
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(SECONDS) == 143
+
+
+def test_who_ignores_interrupts_goes_on(runtime_dir: Path) -> None:
+    with LyingDaemon(runtime_dir) as daemon:
+        answer = threading.Event()
+
+        def look(_: grpc.ServicerContext) -> vm_pb2.Vm:
+            assert answer.wait(SECONDS)
+            return vm_pb2.Vm(name="vms/a")
+
+        daemon.looking = look
+        arguments = [*PROGRAM, "--target", daemon.target, "vm", "show", "a", "--json"]
+        command = ["/bin/sh", "-c", 'trap "" HUP; exec "$@"', "sh", *arguments]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment()) as process:
+            assert daemon.called.wait(SECONDS)
+            process.send_signal(signal.SIGHUP)
+            answer.set()
+            out, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0
+    assert json.loads(out)["name"] == "vms/a"
 
 
 def test_a_daemon_that_dies_in_the_middle_of_a_stream_cant_be_reached(daemon: DaemonProcess) -> None:
