@@ -43,6 +43,7 @@ class Reason(enum.Enum):
     # the host
     KVM_UNAVAILABLE = "/dev/kvm is missing or not for the worker's user."
     CAP_S390_SKEYS_MISSING = "The kernel has no storage-key calls: it is no s390x host, or a very old one."
+    CAP_S390_KEYOP_MISSING = "The VM's kernel has no KVM_S390_KEYOP, which came with Linux 7.0."
     PGSTE_UNAVAILABLE = "KVM_CREATE_VM answered EINVAL for want of PGSTE page tables."
     KERNEL_REFUSED = "The kernel answered an ioctl with an error that has no better name; the message has it."
     OUT_OF_MEMORY = "The kernel or the host has no memory for this."
@@ -63,6 +64,13 @@ class SkeydError(Exception):
 
     def __repr__(self) -> str:
         return f"SkeydError({self.reason.name}, {self.message!r}, {self.metadata!r})"
+
+
+def reserved_bit(key: int, gfn: int) -> SkeydError:
+    """Return the refusal of a byte that is no key, for a frame."""
+    return SkeydError(
+        Reason.KEY_RESERVED_BIT, f"key {key:#04x} of gfn {gfn:#x} has the reserved bit 0x01", {"gfn": hex(gfn)}
+    )
 
 
 _EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT)

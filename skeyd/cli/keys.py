@@ -14,7 +14,17 @@ from typing import Any
 import click
 
 from skeyd.cli.interrupts import connect
-from skeyd.cli.options import RANGE, json_option, number_of, show_json, vm_name
+from skeyd.cli.options import (
+    KEY_HEADS,
+    RANGE,
+    allow_enable_option,
+    json_option,
+    key_columns,
+    key_of,
+    key_options,
+    show_json,
+    vm_name,
+)
 from skeyd.client import Gap, Keys, KeyStream, SetResult, Snapshot, write_snapshot
 from skeyd.client.keys import repeated
 from skeyd.gfn import GfnRange, Ranges
@@ -56,32 +66,16 @@ def get(target: str, vm_id: str, ranges: tuple[GfnRange, ...], as_json: bool) ->
 @keys.command("set")
 @click.argument("vm_id", metavar="VM")
 @click.argument("ranges", metavar="RANGE...", type=RANGE, nargs=-1, required=True)
-@click.option("--key", "key", metavar="BYTE", help="The whole key, as 0x38; instead of the four options below.")
-@click.option("--acc", type=click.IntRange(0, 15), help="Access-control bits, 0 to 15.")
-@click.option("--fetch", is_flag=True, help="Fetch protection.")
-@click.option("--referenced", is_flag=True, help="Referenced.")
-@click.option("--changed", is_flag=True, help="Changed.")
-@click.option("--allow-enable", is_flag=True, help="Make a guest use storage keys that doesn't. It can't be undone.")
+@key_options
+@allow_enable_option
 @json_option
 @click.pass_obj
 def set_(
-    target: str,
-    vm_id: str,
-    ranges: tuple[GfnRange, ...],
-    key: str | None,
-    acc: int | None,
-    fetch: bool,
-    referenced: bool,
-    changed: bool,
-    allow_enable: bool,
-    as_json: bool,
+    target: str, /, vm_id: str, ranges: tuple[GfnRange, ...], allow_enable: bool, as_json: bool, **options: Any
 ) -> None:
     """Give every frame of RANGEs one key, and verify it."""
-    if (key is None) == (acc is None) or (key is not None and (fetch or referenced or changed)):
-        raise click.UsageError("say either --key, or --acc with --fetch, --referenced and --changed as needed")
-    value = _key(key) if key is not None else StorageKey(acc or 0, fetch, referenced, changed).to_byte()
     wanted = Ranges(ranges)
-    result = _set(target, vm_id, wanted, repeated(value, wanted), allow_enable)
+    result = _set(target, vm_id, wanted, repeated(key_of(**options), wanted), allow_enable)
     _show_result(vm_name(vm_id), result, as_json)
 
 
@@ -109,7 +103,7 @@ def dump(target: str, vm_id: str, file: Path, ranges: tuple[GfnRange, ...], as_j
 @keys.command()
 @click.argument("vm_id", metavar="VM")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--allow-enable", is_flag=True, help="Make a guest use storage keys that doesn't. It can't be undone.")
+@allow_enable_option
 @json_option
 @click.pass_obj
 def load(target: str, vm_id: str, file: Path, allow_enable: bool, as_json: bool) -> None:
@@ -146,13 +140,6 @@ def _show_result(name: str, result: SetResult, as_json: bool) -> None:
     click.echo("; the guest uses storage keys from now on" if result.enabled else "")
 
 
-def _key(text: str) -> int:
-    try:
-        return StorageKey.from_byte(number_of(text)).to_byte()
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--key") from error
-
-
 def _runs(parts: Iterable[Keys | Gap]) -> Iterator[_Run]:
     # Runs go on across chunks.
     last: _Run | None = None
@@ -173,15 +160,13 @@ def _runs(parts: Iterable[Keys | Gap]) -> Iterator[_Run]:
 
 
 def _show_runs(runs: Iterable[_Run]) -> None:
-    click.echo(f"{'FRAMES':<29}{'COUNT':>10}  {'KEY':<5} {'ACC':>3}  F  R  C")
+    click.echo(f"{'FRAMES':<29}{'COUNT':>10}  {KEY_HEADS}")
     for run in runs:
         line = f"{run.frames!s:<29}{run.frames.count:>10}  "
         if run.key is None:
             click.echo(line + "no memory")
             continue
-        key = StorageKey.from_byte(run.key)
-        bits = "  ".join(str(int(bit)) for bit in (key.fetch_protection, key.referenced, key.changed))
-        click.echo(f"{line}{run.key:#04x}  {key.access_control:>3}  {bits}")
+        click.echo(line + key_columns(run.key))
 
 
 def _runs_json(stream: KeyStream, runs: Iterable[_Run]) -> dict[str, Any]:

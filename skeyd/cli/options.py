@@ -11,7 +11,7 @@ import click
 
 from skeyd.errors import SkeydError
 from skeyd.gfn import GfnRange
-from skeyd.storage_key import GFN_LIMIT
+from skeyd.storage_key import GFN_LIMIT, StorageKey
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -25,6 +25,51 @@ _UNITS: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 def json_option(function: _F) -> _F:
     """Add --json."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON value.")(function)
+
+
+def allow_enable_option(function: _F) -> _F:
+    """Add --allow-enable."""
+    return click.option(
+        "--allow-enable", is_flag=True, help="Make a guest use storage keys that doesn't. It can't be undone."
+    )(function)
+
+
+def key_options(function: _F) -> _F:
+    """Add the options that say which key to set; `key_of` takes them."""
+    for option in reversed(
+        (
+            click.option("--key", metavar="BYTE", help="The whole key, as 0x38; instead of the four options below."),
+            click.option("--acc", type=click.IntRange(0, 15), help="Access-control bits, 0 to 15."),
+            click.option("--fetch", is_flag=True, help="Fetch protection."),
+            click.option("--referenced", is_flag=True, help="Referenced."),
+            click.option("--changed", is_flag=True, help="Changed."),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def key_of(key: str | None, acc: int | None, fetch: bool, referenced: bool, changed: bool) -> int:
+    """Return the key that `key_options` say. click's UsageError."""
+    if (key is None) == (acc is None) or (key is not None and (fetch or referenced or changed)):
+        raise click.UsageError("say either --key, or --acc with --fetch, --referenced and --changed as needed")
+    if key is None:
+        return StorageKey(acc or 0, fetch, referenced, changed).to_byte()
+    try:
+        return StorageKey.from_byte(number_of(key)).to_byte()
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--key") from error
+
+
+KEY_HEADS: Final = f"{'KEY':<5} {'ACC':>3}  F  R  C"
+"""Above `key_columns`."""
+
+
+def key_columns(key: int) -> str:
+    """Show a key as a byte and taken apart."""
+    parts = StorageKey.from_byte(key)
+    bits = "  ".join(str(int(bit)) for bit in (parts.fetch_protection, parts.referenced, parts.changed))
+    return f"{key:#04x}  {parts.access_control:>3}  {bits}"
 
 
 def show_json(value: object) -> None:
@@ -102,3 +147,30 @@ class RangeType(_GfnRangeParam):
 
 
 RANGE: Final = RangeType()
+
+
+if TYPE_CHECKING:
+    _GfnParam = click.ParamType[int]
+else:
+    _GfnParam = click.ParamType
+
+
+class GfnType(_GfnParam):
+    """One guest frame: decimal or 0x…."""
+
+    name = "gfn"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Read it."""
+        if isinstance(value, int):
+            return value
+        try:
+            gfn = number_of(value)
+        except ValueError:
+            self.fail(f"{value!r} is no frame; write 256 or 0x100", param, ctx)
+        if gfn >= GFN_LIMIT:
+            self.fail(f"{value!r} is beyond 2^64", param, ctx)
+        return gfn
+
+
+GFN: Final = GfnType()

@@ -13,6 +13,7 @@ import grpc
 import skeyd
 from skeyd.cli import interrupts
 from skeyd.cli.host import host
+from skeyd.cli.key import key
 from skeyd.cli.keys import keys
 from skeyd.cli.vm import vm
 from skeyd.client import ClientError, SnapshotError, StreamError
@@ -48,6 +49,7 @@ Examples:
   skeyctl vm create web --kind simulated --memory 256M
   skeyctl keys set web 0x0-0xff --acc 3 --fetch --allow-enable
   skeyctl keys get web
+  skeyctl key get web 0x80
   skeyctl keys dump web web.skeys
 """
 
@@ -83,6 +85,7 @@ def skeyctl(context: click.Context, target: str) -> None:
 
 skeyctl.add_command(host)
 skeyctl.add_command(vm)
+skeyctl.add_command(key)
 skeyctl.add_command(keys)
 
 

@@ -2,7 +2,7 @@
 
 from skeyd.client.connection import Client, connect
 from skeyd.client.errors import ClientError, StreamError
-from skeyd.client.keys import Gap, Keys, KeyStream, SetResult
+from skeyd.client.keys import Gap, Keys, KeyStream, OneKey, OneKeySet, SetResult
 from skeyd.client.snapshot import Snapshot, SnapshotError, write_snapshot
 
 __all__ = [
@@ -11,6 +11,8 @@ __all__ = [
     "Gap",
     "KeyStream",
     "Keys",
+    "OneKey",
+    "OneKeySet",
     "SetResult",
     "Snapshot",
     "SnapshotError",

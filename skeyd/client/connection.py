@@ -10,7 +10,17 @@ from typing import Final, Self
 import grpc
 
 from skeyd.client.errors import ClientError, StreamError, client_error, translated
-from skeyd.client.keys import Keys, KeyStream, SetResult, set_requests, set_result
+from skeyd.client.keys import (
+    Keys,
+    KeyStream,
+    OneKey,
+    OneKeySet,
+    SetResult,
+    one_key,
+    one_key_set,
+    set_requests,
+    set_result,
+)
 from skeyd.gfn import GfnRange
 from skeyd.paths import default_target
 from skeyd.v1 import (
@@ -69,6 +79,25 @@ class Client:
         """End a VM."""
         with translated():
             self._vms.DeleteVm(vm_service_pb2.DeleteVmRequest(name=name), timeout=UNARY_SECONDS)
+
+    def get_skey(self, vm: str, gfn: int) -> OneKey:
+        """Read the key of one frame. StreamError where the answer is none."""
+        with translated():
+            request = storage_key_service_pb2.GetSkeyRequest(vm=vm, gfn=gfn)
+            return one_key(self._keys.GetSkey(request, timeout=UNARY_SECONDS))
+
+    def set_skey(self, vm: str, gfn: int, key: int, *, allow_enable: bool = False) -> OneKeySet:
+        """Set the key of one frame, verified."""
+        with translated():
+            request = storage_key_service_pb2.SetSkeyRequest(vm=vm, gfn=gfn, key=key, allow_enable=allow_enable)
+            return one_key_set(self._keys.SetSkey(request, timeout=UNARY_SECONDS))
+
+    def reset_referenced(self, vm: str, gfn: int) -> tuple[bool, bool]:
+        """Reset R of one frame: (whether it was referenced, whether it was changed)."""
+        with translated():
+            request = storage_key_service_pb2.ResetReferencedRequest(vm=vm, gfn=gfn)
+            was = self._keys.ResetReferenced(request, timeout=UNARY_SECONDS)
+            return was.was_referenced, was.was_changed
 
     @contextmanager
     def get_skeys(self, vm: str, ranges: Iterable[GfnRange] = (), max_chunk_keys: int = 0) -> Iterator[KeyStream]:

@@ -10,7 +10,7 @@ from typing import Final
 from skeyd.client.errors import StreamError, translated
 from skeyd.errors import SkeydError
 from skeyd.gfn import GfnRange
-from skeyd.storage_key import first_reserved
+from skeyd.storage_key import StorageKey, first_reserved
 from skeyd.v1 import storage_key_service_pb2 as pb
 from skeyd.v1 import vm_pb2
 
@@ -43,6 +43,30 @@ class SetResult:
     """How many the kernel had lost at first."""
     enabled: bool
     """The guest uses storage keys since this call."""
+
+
+@dataclass(frozen=True, slots=True)
+class OneKey:
+    """The key of one frame."""
+
+    key: int | None
+    """None: the guest uses no storage keys."""
+    call: str
+    """The kernel's call that read it: "keyop" or "skeys"."""
+
+
+@dataclass(frozen=True, slots=True)
+class OneKeySet:
+    """What setting the key of one frame came to."""
+
+    old_key: int | None
+    """None: the guest used no storage keys."""
+    repaired: bool
+    """The kernel had lost it at first."""
+    enabled: bool
+    """The guest uses storage keys since this call."""
+    call: str
+    """As in OneKey. Only with "keyop" were the old key read and the new one set in one step."""
 
 
 class KeyStream:
@@ -163,3 +187,28 @@ def repeated(key: int, ranges: Sequence[GfnRange]) -> Iterator[Keys]:
         for start in range(one.start, one.end, CHUNK_KEYS):
             count = min(CHUNK_KEYS, one.end - start)
             yield Keys(GfnRange(start, count), bytes([key]) * count)
+
+
+def one_key(response: pb.GetSkeyResponse) -> OneKey:
+    """Take the answer of GetSkey. StreamError for a key that is none."""
+    key = response.key if response.HasField("key") else None
+    return OneKey(_checked(key), _call_name(response.call))
+
+
+def one_key_set(response: pb.SetSkeyResponse) -> OneKeySet:
+    """Take the answer of SetSkey. StreamError for a key that is none."""
+    old = response.old_key if response.HasField("old_key") else None
+    return OneKeySet(_checked(old), response.repaired, response.enabled, _call_name(response.call))
+
+
+def _checked(key: int | None) -> int | None:
+    if key is not None:
+        try:
+            StorageKey.from_byte(key)
+        except ValueError as error:
+            raise StreamError(f"the daemon tells of an impossible key: {error}") from None
+    return key
+
+
+def _call_name(call: pb.KeyCall.ValueType) -> str:
+    return {pb.KEY_CALL_KEYOP: "keyop", pb.KEY_CALL_SKEYS: "skeys"}.get(call, "")

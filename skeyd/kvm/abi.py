@@ -79,6 +79,14 @@ KVM_S390_SKEYS_MAX: Final = 1048576
 PGM_ADDRESSING: Final = 5
 """Returned, positive, by both calls for a frame in no memory slot on Linux 7.0 and 7.1 (source; 7.2 says EFAULT)."""
 
+# KVM_S390_KEYOP's operations: include/uapi/linux/kvm.h @ v7.0
+KVM_S390_KEYOP_ISKE: Final = 1
+"""Gives the key."""
+KVM_S390_KEYOP_RRBE: Final = 2
+"""Resets R and gives R and C as they were; the other bits of what it gives are 0."""
+KVM_S390_KEYOP_SSKE: Final = 3
+"""Sets the key and gives the old one."""
+
 MEMORY_ALIGNMENT: Final = 1 << 20
 """Bytes. Up to Linux 6.19 a slot's size and its address in the process must be multiples of a segment
 (kvm_arch_prepare_memory_region), and so must its guest address (gmap_map_segment, whose refusal is only printed).

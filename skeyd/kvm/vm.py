@@ -1,4 +1,4 @@
-"""A VM's file descriptor: memory slots and the two storage-key ioctls, exactly as the kernel makes them.
+"""A VM's file descriptor: memory slots and the storage-key ioctls, exactly as the kernel makes them.
 
 Nothing is repaired, sliced or retried at this level: what the kernel loses here is lost (skeyd/worker/keys.py is
 where it is not).
@@ -15,6 +15,7 @@ from typing import Self
 from skeyd.kvm import abi, ioctl
 from skeyd.kvm.errors import ClosedError, KvmError
 from skeyd.kvm.memory import GuestMemory
+from skeyd.storage_key import FRAME_SIZE
 
 
 class Vm:
@@ -57,6 +58,20 @@ class Vm:
         for a reserved bit. Not transactional, and on Linux 4.19 to 6.19 keys are lost silently (docs/kernel.md).
         """
         self._skeys(abi.KVM_S390_SET_SKEYS, start_gfn, buffer)
+
+    def keyop(self, operation: int, gfn: int, key: int = 0) -> int:
+        """KVM_S390_KEYOP on one frame: the key that the operation gives (abi.KVM_S390_KEYOP_*).
+
+        Works on a guest that uses no storage keys too, and enables nothing; what it sets there is lost when they are
+        enabled. KvmError ENOTTY before Linux 7.0, EINVAL for an operation that is none, EFAULT for a frame in no memory
+        slot; but Linux 7.0 and 7.1 *give a key* for such a frame (docs/kernel.md), so it must be known to be in one.
+        """
+        argument = bytearray(abi.kvm_s390_keyop.pack(gfn * FRAME_SIZE, key, operation))
+        result = ioctl.call(self._open_fd(), abi.KVM_S390_KEYOP, argument)
+        if result:
+            raise KvmError(abi.NAMES[abi.KVM_S390_KEYOP], errno.EIO, returned=result)
+        found: int = abi.kvm_s390_keyop.unpack(argument)[1]
+        return found
 
     def _skeys(self, request: int, start_gfn: int, buffer: memoryview) -> int:
         # SAFETY: the kernel reads or writes len(buffer) bytes at this address; `keys` holds the buffer's memory in

@@ -13,11 +13,12 @@ from skeyd.gfn import GfnRange
 from skeyd.rpc import convert
 from skeyd.rpc.calls import note
 from skeyd.rpc.slots import CallSlots
-from skeyd.storage_key import FRAME_SIZE
+from skeyd.storage_key import CHANGED, FRAME_SIZE, REFERENCED
 from skeyd.v1 import storage_key_service_pb2 as pb
 from skeyd.v1 import storage_key_service_pb2_grpc
 from skeyd.vms.reading import GapRead, check_ranges, read
 from skeyd.vms.registry import Registry
+from skeyd.vms.single import read_one, reset_referenced, write_one
 from skeyd.vms.writing import KeyWriting
 
 
@@ -117,6 +118,41 @@ class StorageKeyService(storage_key_service_pb2_grpc.StorageKeyServiceServicer):
                         case _:
                             raise SkeydError(Reason.REQUEST_INVALID, "after the header come chunks and one commit")
                 writing.cut()
+
+    def GetSkey(self, request: pb.GetSkeyRequest, context: grpc.ServicerContext) -> pb.GetSkeyResponse:
+        """As the contract says."""
+        vm_id = convert.vm_id_of(request.vm)
+        note(vm=request.vm, gfn=hex(request.gfn))
+        with self._registry.session(vm_id) as session:
+            found = read_one(session, request.gfn)
+        return pb.GetSkeyResponse(key=found.key, call=_call(found.by_keyop))
+
+    def SetSkey(self, request: pb.SetSkeyRequest, context: grpc.ServicerContext) -> pb.SetSkeyResponse:
+        """As the contract says."""
+        vm_id = convert.vm_id_of(request.vm)
+        note(vm=request.vm, gfn=hex(request.gfn))
+        if request.key > 0xFF:
+            raise SkeydError(Reason.REQUEST_INVALID, f"a key is one byte, not {request.key:#x}")
+        with self._registry.writing(vm_id) as session:
+            done = write_one(session, request.gfn, request.key, request.allow_enable)
+        note(repaired=int(done.repaired))
+        return pb.SetSkeyResponse(
+            old_key=done.old_key, repaired=done.repaired, enabled=done.enabled, call=_call(done.by_keyop)
+        )
+
+    def ResetReferenced(
+        self, request: pb.ResetReferencedRequest, context: grpc.ServicerContext
+    ) -> pb.ResetReferencedResponse:
+        """As the contract says."""
+        vm_id = convert.vm_id_of(request.vm)
+        note(vm=request.vm, gfn=hex(request.gfn))
+        with self._registry.writing(vm_id) as session:
+            was = reset_referenced(session, request.gfn)
+        return pb.ResetReferencedResponse(was_referenced=bool(was & REFERENCED), was_changed=bool(was & CHANGED))
+
+
+def _call(by_keyop: bool) -> pb.KeyCall.ValueType:
+    return pb.KEY_CALL_KEYOP if by_keyop else pb.KEY_CALL_SKEYS
 
 
 def _frames(chunk: pb.Chunk) -> GfnRange:

@@ -40,6 +40,30 @@ ENCODING_RAW: Encoding.ValueType  # 1
 """One byte a key."""
 global___Encoding = Encoding
 
+class _KeyCall:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _KeyCallEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_KeyCall.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    KEY_CALL_UNSPECIFIED: _KeyCall.ValueType  # 0
+    """Invalid."""
+    KEY_CALL_KEYOP: _KeyCall.ValueType  # 1
+    """KVM_S390_KEYOP."""
+    KEY_CALL_SKEYS: _KeyCall.ValueType  # 2
+    """KVM_S390_GET_SKEYS and KVM_S390_SET_SKEYS, for a range of one frame."""
+
+class KeyCall(_KeyCall, metaclass=_KeyCallEnumTypeWrapper):
+    """The kernel's call that a frame's key was read or set with."""
+
+KEY_CALL_UNSPECIFIED: KeyCall.ValueType  # 0
+"""Invalid."""
+KEY_CALL_KEYOP: KeyCall.ValueType  # 1
+"""KVM_S390_KEYOP."""
+KEY_CALL_SKEYS: KeyCall.ValueType  # 2
+"""KVM_S390_GET_SKEYS and KVM_S390_SET_SKEYS, for a range of one frame."""
+global___KeyCall = KeyCall
+
 @typing.final
 class Chunk(google.protobuf.message.Message):
     """Keys of frames that follow one another."""
@@ -389,3 +413,155 @@ class SetSkeysResponse(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["part", b"part"]) -> typing.Literal["progress", "result"] | None: ...
 
 global___SetSkeysResponse = SetSkeysResponse
+
+@typing.final
+class GetSkeyRequest(google.protobuf.message.Message):
+    """Which key to read."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VM_FIELD_NUMBER: builtins.int
+    GFN_FIELD_NUMBER: builtins.int
+    vm: builtins.str
+    """"vms/{vm}"."""
+    gfn: builtins.int
+    """The frame."""
+    def __init__(
+        self,
+        *,
+        vm: builtins.str = ...,
+        gfn: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["gfn", b"gfn", "vm", b"vm"]) -> None: ...
+
+global___GetSkeyRequest = GetSkeyRequest
+
+@typing.final
+class GetSkeyResponse(google.protobuf.message.Message):
+    """A key."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: builtins.int
+    CALL_FIELD_NUMBER: builtins.int
+    key: builtins.int
+    """The key, 0 to 0xFE. Absent: the guest uses no storage keys."""
+    call: global___KeyCall.ValueType
+    """How it was read."""
+    def __init__(
+        self,
+        *,
+        key: builtins.int | None = ...,
+        call: global___KeyCall.ValueType = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_key", b"_key", "key", b"key"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_key", b"_key", "call", b"call", "key", b"key"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_key", b"_key"]) -> typing.Literal["key"] | None: ...
+
+global___GetSkeyResponse = GetSkeyResponse
+
+@typing.final
+class SetSkeyRequest(google.protobuf.message.Message):
+    """Which key to set."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VM_FIELD_NUMBER: builtins.int
+    GFN_FIELD_NUMBER: builtins.int
+    KEY_FIELD_NUMBER: builtins.int
+    ALLOW_ENABLE_FIELD_NUMBER: builtins.int
+    vm: builtins.str
+    """"vms/{vm}"."""
+    gfn: builtins.int
+    """The frame."""
+    key: builtins.int
+    """The key, 0 to 0xFE, without the reserved bit 0x01."""
+    allow_enable: builtins.bool
+    """Allows keys to be enabled for a guest that does not use them. That can't be undone."""
+    def __init__(
+        self,
+        *,
+        vm: builtins.str = ...,
+        gfn: builtins.int = ...,
+        key: builtins.int = ...,
+        allow_enable: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["allow_enable", b"allow_enable", "gfn", b"gfn", "key", b"key", "vm", b"vm"]) -> None: ...
+
+global___SetSkeyRequest = SetSkeyRequest
+
+@typing.final
+class SetSkeyResponse(google.protobuf.message.Message):
+    """What became of it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OLD_KEY_FIELD_NUMBER: builtins.int
+    REPAIRED_FIELD_NUMBER: builtins.int
+    ENABLED_FIELD_NUMBER: builtins.int
+    CALL_FIELD_NUMBER: builtins.int
+    old_key: builtins.int
+    """The key as it was. Absent: the guest used no storage keys."""
+    repaired: builtins.bool
+    """The kernel had lost the key at first."""
+    enabled: builtins.bool
+    """This call made the guest use storage keys."""
+    call: global___KeyCall.ValueType
+    """How it was set. Only with KEY_CALL_KEYOP were the old key read and the new one set in one step."""
+    def __init__(
+        self,
+        *,
+        old_key: builtins.int | None = ...,
+        repaired: builtins.bool = ...,
+        enabled: builtins.bool = ...,
+        call: global___KeyCall.ValueType = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_old_key", b"_old_key", "old_key", b"old_key"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_old_key", b"_old_key", "call", b"call", "enabled", b"enabled", "old_key", b"old_key", "repaired", b"repaired"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_old_key", b"_old_key"]) -> typing.Literal["old_key"] | None: ...
+
+global___SetSkeyResponse = SetSkeyResponse
+
+@typing.final
+class ResetReferencedRequest(google.protobuf.message.Message):
+    """Which frame's referenced bit to reset."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VM_FIELD_NUMBER: builtins.int
+    GFN_FIELD_NUMBER: builtins.int
+    vm: builtins.str
+    """"vms/{vm}"."""
+    gfn: builtins.int
+    """The frame."""
+    def __init__(
+        self,
+        *,
+        vm: builtins.str = ...,
+        gfn: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["gfn", b"gfn", "vm", b"vm"]) -> None: ...
+
+global___ResetReferencedRequest = ResetReferencedRequest
+
+@typing.final
+class ResetReferencedResponse(google.protobuf.message.Message):
+    """What the bits were."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WAS_REFERENCED_FIELD_NUMBER: builtins.int
+    WAS_CHANGED_FIELD_NUMBER: builtins.int
+    was_referenced: builtins.bool
+    """Referenced, which is off now."""
+    was_changed: builtins.bool
+    """Changed, which stays as it was."""
+    def __init__(
+        self,
+        *,
+        was_referenced: builtins.bool = ...,
+        was_changed: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["was_changed", b"was_changed", "was_referenced", b"was_referenced"]) -> None: ...
+
+global___ResetReferencedResponse = ResetReferencedResponse

@@ -26,6 +26,21 @@ class StorageKeyServiceStub(object):
                 request_serializer=skeyd_dot_v1_dot_storage__key__service__pb2.SetSkeysRequest.SerializeToString,
                 response_deserializer=skeyd_dot_v1_dot_storage__key__service__pb2.SetSkeysResponse.FromString,
                 )
+        self.GetSkey = channel.unary_unary(
+                '/skeyd.v1.StorageKeyService/GetSkey',
+                request_serializer=skeyd_dot_v1_dot_storage__key__service__pb2.GetSkeyRequest.SerializeToString,
+                response_deserializer=skeyd_dot_v1_dot_storage__key__service__pb2.GetSkeyResponse.FromString,
+                )
+        self.SetSkey = channel.unary_unary(
+                '/skeyd.v1.StorageKeyService/SetSkey',
+                request_serializer=skeyd_dot_v1_dot_storage__key__service__pb2.SetSkeyRequest.SerializeToString,
+                response_deserializer=skeyd_dot_v1_dot_storage__key__service__pb2.SetSkeyResponse.FromString,
+                )
+        self.ResetReferenced = channel.unary_unary(
+                '/skeyd.v1.StorageKeyService/ResetReferenced',
+                request_serializer=skeyd_dot_v1_dot_storage__key__service__pb2.ResetReferencedRequest.SerializeToString,
+                response_deserializer=skeyd_dot_v1_dot_storage__key__service__pb2.ResetReferencedResponse.FromString,
+                )
 
 
 class StorageKeyServiceServicer(object):
@@ -71,6 +86,40 @@ class StorageKeyServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetSkey(self, request, context):
+        """Reads the key of one frame: with KVM_S390_KEYOP (ISKE) where the VM's kernel has it, from Linux 7.0 on, else with
+        KVM_S390_GET_SKEYS. It needs no stream and waits behind none.
+
+        OUT_OF_RANGE GFN_NOT_MAPPED, and as for GetSkeys where the VM is not there or can't be used.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetSkey(self, request, context):
+        """Sets the key of one frame, reads it back and sets it again if it was lost: with KVM_S390_KEYOP (SSKE) where the VM's
+        kernel has it and the guest uses keys, which gives the old key in the same step; else with KVM_S390_SET_SKEYS.
+
+        INVALID_ARGUMENT KEY_RESERVED_BIT. OUT_OF_RANGE GFN_NOT_MAPPED. DATA_LOSS KEYS_NOT_STORED.
+        FAILED_PRECONDITION SKEYS_NOT_ENABLED: the guest uses no storage keys and allow_enable is not set.
+        ABORTED VM_BUSY: a SetSkeys or another of these runs on this VM. The VM can't be used for the reasons given at GetSkeys.
+        ErrorInfo metadata "uncertain" says that the frame may have been set all the same, "enabled" as for SetSkeys.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResetReferenced(self, request, context):
+        """Resets the referenced bit of one frame and says what referenced and changed were, in one step: KVM_S390_KEYOP (RRBE).
+        A debugger finds out with it whether a guest uses a frame.
+
+        UNIMPLEMENTED CAP_S390_KEYOP_MISSING: the VM's kernel is older than Linux 7.0, and nothing else does it in one step.
+        FAILED_PRECONDITION SKEYS_NOT_ENABLED: the guest uses no storage keys. Else as SetSkey.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StorageKeyServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -83,6 +132,21 @@ def add_StorageKeyServiceServicer_to_server(servicer, server):
                     servicer.SetSkeys,
                     request_deserializer=skeyd_dot_v1_dot_storage__key__service__pb2.SetSkeysRequest.FromString,
                     response_serializer=skeyd_dot_v1_dot_storage__key__service__pb2.SetSkeysResponse.SerializeToString,
+            ),
+            'GetSkey': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSkey,
+                    request_deserializer=skeyd_dot_v1_dot_storage__key__service__pb2.GetSkeyRequest.FromString,
+                    response_serializer=skeyd_dot_v1_dot_storage__key__service__pb2.GetSkeyResponse.SerializeToString,
+            ),
+            'SetSkey': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetSkey,
+                    request_deserializer=skeyd_dot_v1_dot_storage__key__service__pb2.SetSkeyRequest.FromString,
+                    response_serializer=skeyd_dot_v1_dot_storage__key__service__pb2.SetSkeyResponse.SerializeToString,
+            ),
+            'ResetReferenced': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResetReferenced,
+                    request_deserializer=skeyd_dot_v1_dot_storage__key__service__pb2.ResetReferencedRequest.FromString,
+                    response_serializer=skeyd_dot_v1_dot_storage__key__service__pb2.ResetReferencedResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -127,5 +191,56 @@ class StorageKeyService(object):
         return grpc.experimental.stream_stream(request_iterator, target, '/skeyd.v1.StorageKeyService/SetSkeys',
             skeyd_dot_v1_dot_storage__key__service__pb2.SetSkeysRequest.SerializeToString,
             skeyd_dot_v1_dot_storage__key__service__pb2.SetSkeysResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def GetSkey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/skeyd.v1.StorageKeyService/GetSkey',
+            skeyd_dot_v1_dot_storage__key__service__pb2.GetSkeyRequest.SerializeToString,
+            skeyd_dot_v1_dot_storage__key__service__pb2.GetSkeyResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def SetSkey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/skeyd.v1.StorageKeyService/SetSkey',
+            skeyd_dot_v1_dot_storage__key__service__pb2.SetSkeyRequest.SerializeToString,
+            skeyd_dot_v1_dot_storage__key__service__pb2.SetSkeyResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def ResetReferenced(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/skeyd.v1.StorageKeyService/ResetReferenced',
+            skeyd_dot_v1_dot_storage__key__service__pb2.ResetReferencedRequest.SerializeToString,
+            skeyd_dot_v1_dot_storage__key__service__pb2.ResetReferencedResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

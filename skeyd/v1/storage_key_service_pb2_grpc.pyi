@@ -61,6 +61,40 @@ class StorageKeyServiceStub:
     CANCELLED, without details: the client let the stream stand still for longer than the daemon waits.
     """
 
+    GetSkey: grpc.UnaryUnaryMultiCallable[
+        skeyd.v1.storage_key_service_pb2.GetSkeyRequest,
+        skeyd.v1.storage_key_service_pb2.GetSkeyResponse,
+    ]
+    """Reads the key of one frame: with KVM_S390_KEYOP (ISKE) where the VM's kernel has it, from Linux 7.0 on, else with
+    KVM_S390_GET_SKEYS. It needs no stream and waits behind none.
+
+    OUT_OF_RANGE GFN_NOT_MAPPED, and as for GetSkeys where the VM is not there or can't be used.
+    """
+
+    SetSkey: grpc.UnaryUnaryMultiCallable[
+        skeyd.v1.storage_key_service_pb2.SetSkeyRequest,
+        skeyd.v1.storage_key_service_pb2.SetSkeyResponse,
+    ]
+    """Sets the key of one frame, reads it back and sets it again if it was lost: with KVM_S390_KEYOP (SSKE) where the VM's
+    kernel has it and the guest uses keys, which gives the old key in the same step; else with KVM_S390_SET_SKEYS.
+
+    INVALID_ARGUMENT KEY_RESERVED_BIT. OUT_OF_RANGE GFN_NOT_MAPPED. DATA_LOSS KEYS_NOT_STORED.
+    FAILED_PRECONDITION SKEYS_NOT_ENABLED: the guest uses no storage keys and allow_enable is not set.
+    ABORTED VM_BUSY: a SetSkeys or another of these runs on this VM. The VM can't be used for the reasons given at GetSkeys.
+    ErrorInfo metadata "uncertain" says that the frame may have been set all the same, "enabled" as for SetSkeys.
+    """
+
+    ResetReferenced: grpc.UnaryUnaryMultiCallable[
+        skeyd.v1.storage_key_service_pb2.ResetReferencedRequest,
+        skeyd.v1.storage_key_service_pb2.ResetReferencedResponse,
+    ]
+    """Resets the referenced bit of one frame and says what referenced and changed were, in one step: KVM_S390_KEYOP (RRBE).
+    A debugger finds out with it whether a guest uses a frame.
+
+    UNIMPLEMENTED CAP_S390_KEYOP_MISSING: the VM's kernel is older than Linux 7.0, and nothing else does it in one step.
+    FAILED_PRECONDITION SKEYS_NOT_ENABLED: the guest uses no storage keys. Else as SetSkey.
+    """
+
 class StorageKeyServiceAsyncStub:
     """Reads and sets storage keys. A key is one byte a frame: access-control bits 0xF0, fetch protection 0x08,
     referenced 0x04, changed 0x02; the lowest bit is reserved and always 0.
@@ -102,6 +136,40 @@ class StorageKeyServiceAsyncStub:
     The VM can't be used for the reasons given at GetSkeys.
     ABORTED VM_BUSY: another SetSkeys runs on this VM. ABORTED STREAM_INCOMPLETE: the stream ended without Commit.
     CANCELLED, without details: the client let the stream stand still for longer than the daemon waits.
+    """
+
+    GetSkey: grpc.aio.UnaryUnaryMultiCallable[
+        skeyd.v1.storage_key_service_pb2.GetSkeyRequest,
+        skeyd.v1.storage_key_service_pb2.GetSkeyResponse,
+    ]
+    """Reads the key of one frame: with KVM_S390_KEYOP (ISKE) where the VM's kernel has it, from Linux 7.0 on, else with
+    KVM_S390_GET_SKEYS. It needs no stream and waits behind none.
+
+    OUT_OF_RANGE GFN_NOT_MAPPED, and as for GetSkeys where the VM is not there or can't be used.
+    """
+
+    SetSkey: grpc.aio.UnaryUnaryMultiCallable[
+        skeyd.v1.storage_key_service_pb2.SetSkeyRequest,
+        skeyd.v1.storage_key_service_pb2.SetSkeyResponse,
+    ]
+    """Sets the key of one frame, reads it back and sets it again if it was lost: with KVM_S390_KEYOP (SSKE) where the VM's
+    kernel has it and the guest uses keys, which gives the old key in the same step; else with KVM_S390_SET_SKEYS.
+
+    INVALID_ARGUMENT KEY_RESERVED_BIT. OUT_OF_RANGE GFN_NOT_MAPPED. DATA_LOSS KEYS_NOT_STORED.
+    FAILED_PRECONDITION SKEYS_NOT_ENABLED: the guest uses no storage keys and allow_enable is not set.
+    ABORTED VM_BUSY: a SetSkeys or another of these runs on this VM. The VM can't be used for the reasons given at GetSkeys.
+    ErrorInfo metadata "uncertain" says that the frame may have been set all the same, "enabled" as for SetSkeys.
+    """
+
+    ResetReferenced: grpc.aio.UnaryUnaryMultiCallable[
+        skeyd.v1.storage_key_service_pb2.ResetReferencedRequest,
+        skeyd.v1.storage_key_service_pb2.ResetReferencedResponse,
+    ]
+    """Resets the referenced bit of one frame and says what referenced and changed were, in one step: KVM_S390_KEYOP (RRBE).
+    A debugger finds out with it whether a guest uses a frame.
+
+    UNIMPLEMENTED CAP_S390_KEYOP_MISSING: the VM's kernel is older than Linux 7.0, and nothing else does it in one step.
+    FAILED_PRECONDITION SKEYS_NOT_ENABLED: the guest uses no storage keys. Else as SetSkey.
     """
 
 class StorageKeyServiceServicer(metaclass=abc.ABCMeta):
@@ -149,6 +217,46 @@ class StorageKeyServiceServicer(metaclass=abc.ABCMeta):
         The VM can't be used for the reasons given at GetSkeys.
         ABORTED VM_BUSY: another SetSkeys runs on this VM. ABORTED STREAM_INCOMPLETE: the stream ended without Commit.
         CANCELLED, without details: the client let the stream stand still for longer than the daemon waits.
+        """
+
+    @abc.abstractmethod
+    def GetSkey(
+        self,
+        request: skeyd.v1.storage_key_service_pb2.GetSkeyRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[skeyd.v1.storage_key_service_pb2.GetSkeyResponse, collections.abc.Awaitable[skeyd.v1.storage_key_service_pb2.GetSkeyResponse]]:
+        """Reads the key of one frame: with KVM_S390_KEYOP (ISKE) where the VM's kernel has it, from Linux 7.0 on, else with
+        KVM_S390_GET_SKEYS. It needs no stream and waits behind none.
+
+        OUT_OF_RANGE GFN_NOT_MAPPED, and as for GetSkeys where the VM is not there or can't be used.
+        """
+
+    @abc.abstractmethod
+    def SetSkey(
+        self,
+        request: skeyd.v1.storage_key_service_pb2.SetSkeyRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[skeyd.v1.storage_key_service_pb2.SetSkeyResponse, collections.abc.Awaitable[skeyd.v1.storage_key_service_pb2.SetSkeyResponse]]:
+        """Sets the key of one frame, reads it back and sets it again if it was lost: with KVM_S390_KEYOP (SSKE) where the VM's
+        kernel has it and the guest uses keys, which gives the old key in the same step; else with KVM_S390_SET_SKEYS.
+
+        INVALID_ARGUMENT KEY_RESERVED_BIT. OUT_OF_RANGE GFN_NOT_MAPPED. DATA_LOSS KEYS_NOT_STORED.
+        FAILED_PRECONDITION SKEYS_NOT_ENABLED: the guest uses no storage keys and allow_enable is not set.
+        ABORTED VM_BUSY: a SetSkeys or another of these runs on this VM. The VM can't be used for the reasons given at GetSkeys.
+        ErrorInfo metadata "uncertain" says that the frame may have been set all the same, "enabled" as for SetSkeys.
+        """
+
+    @abc.abstractmethod
+    def ResetReferenced(
+        self,
+        request: skeyd.v1.storage_key_service_pb2.ResetReferencedRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[skeyd.v1.storage_key_service_pb2.ResetReferencedResponse, collections.abc.Awaitable[skeyd.v1.storage_key_service_pb2.ResetReferencedResponse]]:
+        """Resets the referenced bit of one frame and says what referenced and changed were, in one step: KVM_S390_KEYOP (RRBE).
+        A debugger finds out with it whether a guest uses a frame.
+
+        UNIMPLEMENTED CAP_S390_KEYOP_MISSING: the VM's kernel is older than Linux 7.0, and nothing else does it in one step.
+        FAILED_PRECONDITION SKEYS_NOT_ENABLED: the guest uses no storage keys. Else as SetSkey.
         """
 
 def add_StorageKeyServiceServicer_to_server(servicer: StorageKeyServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -7,7 +7,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Self
 
@@ -114,15 +114,20 @@ class Session:
             "allow_enable": allow_enable,
         }
         self._send(message)
-        try:
-            with self._strict():
-                done = self._take()
-                return done.integer("repaired", 0, frames.count), done.boolean("enabled")
-        except SkeydError as error:
-            if error.reason in (Reason.WORKER_LOST, Reason.WORKER_FAILED):
-                # It was asked and nobody knows what it did, or is still doing.
-                error.metadata.setdefault("uncertain", str(frames))
-            raise
+        with self._uncertain_where_lost(frames), self._strict():
+            done = self._take()
+            return done.integer("repaired", 0, frames.count), done.boolean("enabled")
+
+    def keyop(self, operation: str, gfn: int, key: int = 0) -> tuple[int | None, bool]:
+        """Do one of KEYOPS on a frame: (the key it gives, whether it was set again); None: the guest uses no keys.
+
+        Only where the hello says that there is KEYOP.
+        """
+        self._send({"op": "keyop", "operation": operation, "gfn": gfn, "key": key})
+        with nullcontext() if operation == "iske" else self._uncertain_where_lost(GfnRange(gfn, 1)), self._strict():
+            done = self._take()
+            found, repaired = done.integer("key", 0, 0xFF), done.boolean("repaired")
+            return found if done.boolean("uses_keys") else None, repaired
 
     def shut_down(self) -> None:
         """Ask the worker to end the VM and itself."""
@@ -184,6 +189,16 @@ class Session:
             yield
         except ProtocolError as error:
             raise self._failed(error) from error
+
+    @contextmanager
+    def _uncertain_where_lost(self, frames: GfnRange) -> Iterator[None]:
+        try:
+            yield
+        except SkeydError as error:
+            if error.reason in (Reason.WORKER_LOST, Reason.WORKER_FAILED):
+                # It was asked and nobody knows what it did, or is still doing.
+                error.metadata.setdefault("uncertain", str(frames))
+            raise
 
     def _lost(self, error: OSError) -> SkeydError:
         why = "it did not answer in time" if isinstance(error, TimeoutError) else str(error)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from skeyd.errors import Reason, SkeydError
+from skeyd.errors import Reason, SkeydError, reserved_bit
 from skeyd.gfn import GfnRange, Ranges
 from skeyd.storage_key import first_reserved
 from skeyd.vms.reading import pieces
@@ -108,12 +108,7 @@ class KeyWriting:
             )
         bad = first_reserved(keys)
         if bad is not None:
-            gfn = frames.start + bad
-            raise SkeydError(
-                Reason.KEY_RESERVED_BIT,
-                f"key {keys[bad]:#04x} of gfn {gfn:#x} has the reserved bit 0x01",
-                {"gfn": hex(gfn)},
-            )
+            raise reserved_bit(keys[bad], frames.start + bad)
 
     def _advance(self, piece: GfnRange, repaired: int, enabled: bool) -> None:
         next_gfn = piece.end

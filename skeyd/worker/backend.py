@@ -1,4 +1,4 @@
-"""What every kind of VM offers: the two ioctls, with the kernel's answers and the kernel's errors."""
+"""What every kind of VM offers: the storage-key ioctls, with the kernel's answers and the kernel's errors."""
 
 from __future__ import annotations
 
@@ -8,17 +8,25 @@ from skeyd.gfn import MemoryMap
 
 
 class Backend(Protocol):
-    """A VM at the level of KVM_S390_GET_SKEYS and KVM_S390_SET_SKEYS. Refusals are KvmErrors, as from a kernel."""
+    """A VM at the level of KVM_S390_GET_SKEYS, KVM_S390_SET_SKEYS and KVM_S390_KEYOP.
+
+    Refusals are KvmErrors, as from a kernel.
+    """
 
     kernel: str
     """uname -r, or the generation that is simulated."""
     memory_map: MemoryMap
+    has_keyop: bool
+    """Whether there is KVM_S390_KEYOP."""
 
     def get_skeys(self, start_gfn: int, buffer: memoryview) -> bool:
         """As skeyd.kvm.vm.Vm.get_skeys: False where the guest uses no storage keys."""
 
     def set_skeys(self, start_gfn: int, buffer: memoryview) -> None:
         """As skeyd.kvm.vm.Vm.set_skeys."""
+
+    def keyop(self, operation: int, gfn: int, key: int = 0) -> int:
+        """As skeyd.kvm.vm.Vm.keyop."""
 
     def close(self) -> None:
         """End the VM. Closing twice is fine."""

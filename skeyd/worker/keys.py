@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
-from skeyd.errors import Reason, SkeydError
+from skeyd.errors import Reason, SkeydError, reserved_bit
 from skeyd.gfn import GfnRange
 from skeyd.kvm.errors import KvmError
 from skeyd.storage_key import differing_runs, first_reserved, lost_runs
@@ -63,12 +63,7 @@ class Keys:
         self._map.require_mapped(frames)
         bad = first_reserved(keys)
         if bad is not None:
-            gfn = frames.start + bad
-            raise SkeydError(
-                Reason.KEY_RESERVED_BIT,
-                f"key {keys[bad]:#04x} of gfn {gfn:#x} has the reserved bit 0x01",
-                {"gfn": hex(gfn)},
-            )
+            raise reserved_bit(keys[bad], frames.start + bad)
         was_enabled = self.uses_keys()
         if not was_enabled and not allow_enable:
             raise SkeydError(

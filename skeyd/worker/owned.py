@@ -29,6 +29,7 @@ class OwnedVm:
             try:
                 kvm = undo.enter_context(open_kvm())
                 has_calls = kvm.check_extension(abi.KVM_CAP_S390_SKEYS)
+                self.has_keyop = bool(kvm.check_extension(abi.KVM_CAP_S390_KEYOP))
             except (OSError, KvmError) as error:
                 raise refusals.of_opening_kvm(error) from error
             if not has_calls:
@@ -54,6 +55,10 @@ class OwnedVm:
     def set_skeys(self, start_gfn: int, buffer: memoryview) -> None:
         """As the ioctl."""
         self._vm.set_skeys(start_gfn, buffer)
+
+    def keyop(self, operation: int, gfn: int, key: int = 0) -> int:
+        """As the ioctl."""
+        return self._vm.keyop(operation, gfn, key)
 
     def close(self) -> None:
         """End the VM, then unmap its memory."""

@@ -17,7 +17,6 @@ from skeyd.kvm.probe import probe_host
 from skeyd.linux import take_lock
 from skeyd.worker.backend import Backend
 from skeyd.worker.channel import address_in
-from skeyd.worker.keys import Keys
 from skeyd.worker.owned import OwnedVm
 from skeyd.worker.protocol import (
     LOCK,
@@ -99,11 +98,12 @@ def _prepare(directory_fd: int, resources: ExitStack) -> tuple[Service, socket.s
         pid=os.getpid(),
         created=spec.created,
         slots=backend.memory_map.slots,
+        keyop=backend.has_keyop,
     )
     listener = resources.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
     listener.bind(address_in(directory_fd, SOCKET))
     listener.listen(_BACKLOG)
-    return Service(listener, hello, Keys(backend)), wake
+    return Service(listener, hello, backend), wake
 
 
 def _signals() -> socket.socket:

@@ -9,6 +9,8 @@ pass through it: they lie in the two halves ("buffers") of a sealed memfd that t
                      {"op": "get", "buffer", "start", "count"}         → {"ok": {"uses_keys": bool}}
                      {"op": "set", "buffer", "start", "count", "allow_enable"}
                                                                        → {"ok": {"repaired": int, "enabled": bool}}
+                     {"op": "keyop", "operation", "gfn", "key"}
+                                                   → {"ok": {"uses_keys": bool, "key": int, "repaired": bool}}
                      {"op": "shutdown", "uid"}                         → {"ok": {}}, then the worker ends
     any              {"error": {"reason", "message", "metadata"}}
 
@@ -48,6 +50,8 @@ SOCKET: Final = "worker.sock"
 """Socket in the VM's directory that its worker listens on."""
 
 KINDS: Final = ("owned", "simulated")
+KEYOPS: Final = ("iske", "rrbe", "sske")
+"""What KVM_S390_KEYOP does, by the names of the instructions."""
 BACKINGS: Final = ("anonymous", "memfd", "file", "none")
 """The last is what a simulated VM has."""
 SIMULATED_KERNELS: Final = ("4.19", "7.0", "7.2")
@@ -254,6 +258,8 @@ class Hello:
     created: int
     """Seconds since 1970."""
     slots: tuple[MemorySlot, ...]
+    keyop: bool = False
+    """Whether it takes "keyop". A worker from before there was such an op doesn't say."""
 
     def to_message(self) -> dict[str, Any]:
         """Write it down."""
@@ -261,6 +267,7 @@ class Hello:
             "protocol": PROTOCOL,
             "id": self.vm_id,
             "uid": self.uid,
+            "keyop": self.keyop,
             "incarnation": self.incarnation,
             "kind": self.kind,
             "kernel": self.kernel,
@@ -306,6 +313,7 @@ class Hello:
             pid=message.integer("pid", 1, 1 << 31),
             created=message.integer("created", 0, CREATED_MAX),
             slots=slots,
+            keyop=message.has("keyop") and message.boolean("keyop"),
         )
 
 

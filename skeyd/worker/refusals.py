@@ -6,7 +6,7 @@ import errno
 
 from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange
-from skeyd.kvm import probe
+from skeyd.kvm import abi, probe
 from skeyd.kvm.errors import KvmError
 
 
@@ -21,9 +21,20 @@ def of_key_call(error: KvmError, frames: GfnRange) -> SkeydError:
             return SkeydError(Reason.VM_DEAD, f"{error}: the kernel has declared the VM dead", where)
         case errno.ENOMEM:
             return SkeydError(Reason.OUT_OF_MEMORY, f"{error} for {frames}", where)
+        case errno.ENOTTY if error.ioctl == abi.NAMES[abi.KVM_S390_KEYOP]:
+            return no_keyop()
         case errno.ENOTTY:
             return SkeydError(Reason.CAP_S390_SKEYS_MISSING, f"{error}: this kernel has no storage-key calls", where)
     return SkeydError(Reason.KERNEL_REFUSED, f"{error} for {frames}", where)
+
+
+def no_keyop() -> SkeydError:
+    """Say that the kernel has no KVM_S390_KEYOP."""
+    return SkeydError(
+        Reason.CAP_S390_KEYOP_MISSING,
+        "this VM's kernel has no KVM_S390_KEYOP (KVM_CAP_S390_KEYOP is 0), which came with Linux 7.0",
+        {"remedy": "read the key, and set it without its referenced bit"},
+    )
 
 
 def of_opening_kvm(error: OSError | KvmError) -> SkeydError:

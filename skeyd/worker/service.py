@@ -13,11 +13,14 @@ from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange
 from skeyd.linux import peer_of, sealed_memfd
 from skeyd.storage_key import GFN_LIMIT
+from skeyd.worker.backend import Backend
 from skeyd.worker.channel import Channel, close_all
+from skeyd.worker.keyops import KeyOps
 from skeyd.worker.keys import Keys
 from skeyd.worker.protocol import (
     BUFFER_BYTES,
     BUFFERS,
+    KEYOPS,
     SLICE_KEYS,
     Fields,
     Hello,
@@ -46,10 +49,11 @@ class Service:
     A connection that breaks the protocol is closed; the others and the VM go on.
     """
 
-    def __init__(self, listener: socket.socket, hello: Hello, keys: Keys) -> None:
+    def __init__(self, listener: socket.socket, hello: Hello, backend: Backend) -> None:
         self._listener = listener
         self._hello = hello
-        self._keys = keys
+        self._keys = Keys(backend)
+        self._keyops = KeyOps(backend, self._keys)
         self._connections: set[_Connection] = set()
         self._selector = selectors.DefaultSelector()
         self._running = True
@@ -136,12 +140,27 @@ class Service:
                     keys = bytes(view)
                 written = self._keys.write(frames, keys, request.boolean("allow_enable"))
                 return {"repaired": written.repaired, "enabled": written.enabled}, None
+            case "keyop":
+                return self._keyop(request), None
             case "shutdown":
                 if request.text("uid") != self._hello.uid:
                     raise ProtocolError("shutdown of another VM")
                 self._running = False
                 return {}, None
         raise ProtocolError("no such op")
+
+    def _keyop(self, request: Fields) -> dict[str, Any]:
+        gfn = request.integer("gfn", 0, GFN_LIMIT - 1)
+        key, repaired = request.integer("key", 0, 0xFF), False
+        match request.choice("operation", KEYOPS):
+            case "iske":
+                found = self._keyops.read(gfn)
+            case "rrbe":
+                found = self._keyops.reset_referenced(gfn)
+            case "sske":
+                written = self._keyops.write(gfn, key)
+                found, repaired = written if written is not None else (None, False)
+        return {"uses_keys": found is not None, "key": found or 0, "repaired": repaired}
 
     def _attach(self, connection: _Connection) -> int:
         if connection.buffers is not None:

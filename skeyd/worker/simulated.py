@@ -17,7 +17,7 @@ from skeyd.gfn import GfnRange
 from skeyd.kvm import abi
 from skeyd.kvm.errors import KvmError
 from skeyd.linux import MAP_NORESERVE
-from skeyd.storage_key import CHANGED, REFERENCED, SEGMENT_FRAMES, first_reserved
+from skeyd.storage_key import CHANGED, REFERENCED, RESERVED, SEGMENT_FRAMES, first_reserved
 from skeyd.worker.protocol import Spec
 from skeyd.worker.slots import check_slots, memory_map
 
@@ -35,6 +35,7 @@ class _Rules:
     """Keys live in the process's own page tables: whether they are used is the process's property and not the VM's,
     and R and C tell of the process's accesses. Else the VM has tables of its own, which no access of the host's meets.
     """
+    has_keyop: bool
 
 
 class Generation(enum.Enum):
@@ -47,7 +48,12 @@ class Generation(enum.Enum):
 
 _RULES: Final = {
     Generation.LINUX_4_19: _Rules(
-        "4.19 to 6.19", loses_keys=True, checks_keys_first=False, hole_returns=None, host_page_tables=True
+        "4.19 to 6.19",
+        loses_keys=True,
+        checks_keys_first=False,
+        hole_returns=None,
+        host_page_tables=True,
+        has_keyop=False,
     ),
     Generation.LINUX_7_0: _Rules(
         "7.0 and 7.1",
@@ -55,14 +61,16 @@ _RULES: Final = {
         checks_keys_first=True,
         hole_returns=abi.PGM_ADDRESSING,
         host_page_tables=False,
+        has_keyop=True,
     ),
     Generation.LINUX_7_2: _Rules(
-        "7.2", loses_keys=False, checks_keys_first=True, hole_returns=None, host_page_tables=False
+        "7.2", loses_keys=False, checks_keys_first=True, hole_returns=None, host_page_tables=False, has_keyop=True
     ),
 }
 
 _GET: Final = abi.NAMES[abi.KVM_S390_GET_SKEYS]
 _SET: Final = abi.NAMES[abi.KVM_S390_SET_SKEYS]
+_KEYOP: Final = abi.NAMES[abi.KVM_S390_KEYOP]
 
 
 class _Slot:
@@ -73,6 +81,8 @@ class _Slot:
         self.has_page_table = _untouched(-(-frames.count // SEGMENT_FRAMES))
         self.touched_keyless: set[int] = set()
         """Segments that got a page table before keys were enabled."""
+        self.set_keyless: set[int] = set()
+        """Frames that KEYOP gave a key before keys were enabled."""
 
     def enable(self) -> None:
         # Up to 6.19 the walk over the process's memory that enables keys gives R and C to each frame of a page table.
@@ -80,6 +90,10 @@ class _Slot:
             first = segment * SEGMENT_FRAMES
             self.keys[first : first + SEGMENT_FRAMES] = bytes([REFERENCED | CHANGED]) * SEGMENT_FRAMES
         self.touched_keyless.clear()
+        # Since 7.0 it gives all frames a zero key.
+        for frame in self.set_keyless:
+            self.keys[frame] = 0
+        self.set_keyless.clear()
 
     def close(self) -> None:
         self.keys.close()
@@ -120,6 +134,7 @@ class SimulatedVm:
         self._rules = _RULES[generation]
         self.kernel = f"simulated Linux {self._rules.releases}"
         self.memory_map = memory_map(spec.slots, backing="none")
+        self.has_keyop = self._rules.has_keyop
         try:
             self._slots = [_Slot(slot.frames) for slot in self.memory_map.slots]
         except OSError as error:
@@ -158,6 +173,34 @@ class SimulatedVm:
                 self._store(slot, first, keys[at : min(at + count, stop)])
         if stop < len(keys):
             raise self._hole(_SET) if stop == reached else KvmError(_SET, errno.EINVAL)
+
+    def keyop(self, operation: int, gfn: int, key: int = 0) -> int:
+        """As the ioctl: needs no guest that uses keys, and makes none."""
+        if not self._rules.has_keyop:
+            raise KvmError(_KEYOP, errno.ENOTTY)
+        if operation not in (abi.KVM_S390_KEYOP_ISKE, abi.KVM_S390_KEYOP_RRBE, abi.KVM_S390_KEYOP_SSKE):
+            raise KvmError(_KEYOP, errno.EINVAL)
+        parts, _ = self._parts(gfn, 1)
+        if not parts:
+            return self._keyop_in_hole(operation, key)
+        slot, frame, _, _ = parts[0]
+        old = slot.keys[frame]
+        if operation == abi.KVM_S390_KEYOP_ISKE:
+            return old
+        if not self._process.uses_keys:
+            slot.set_keyless.add(frame)
+        if operation == abi.KVM_S390_KEYOP_RRBE:
+            slot.keys[frame] = old & ~REFERENCED
+            return old & (REFERENCED | CHANGED)
+        slot.keys[frame] = key & ~RESERVED
+        return old
+
+    def _keyop_in_hole(self, operation: int, key: int) -> int:
+        leaked = self._rules.hole_returns
+        if leaked is None:
+            raise KvmError(_KEYOP, errno.EFAULT)
+        # 7.0 and 7.1 take the number of the program interruption for what the operation found.
+        return {abi.KVM_S390_KEYOP_ISKE: leaked, abi.KVM_S390_KEYOP_RRBE: leaked << 1}.get(operation, key)
 
     def touch(self, gfn: int, write: bool) -> None:
         """Read or write guest memory as the host process may. KeyError for a frame in no slot."""

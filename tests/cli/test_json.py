@@ -55,8 +55,9 @@ def name(new_vm: NewVm, stubs: Stubs) -> str:
 def test_every_command_that_does_something_is_on_the_page(shared_daemon: DaemonProcess) -> None:
     commands = {"host", "vm create", "vm show", "vm list", "vm delete"}
     commands |= {f"keys {verb}" for verb in ("get", "set", "dump", "load")}
+    commands |= {f"key {verb}" for verb in ("get", "set", "reset-referenced")}
     rows = re.findall(r"^\| (`[a-z].*?) \| ", PAGE.read_text(), re.MULTILINE)
-    assert {name for row in rows for name in re.findall(r"`([a-z ]+)`", row)} == commands
+    assert {name for row in rows for name in re.findall(r"`([a-z -]+)`", row)} == commands
     for command in commands:
         assert "--json " in skeyctl(shared_daemon.target, *command.split(), "--help").out
 

@@ -34,6 +34,10 @@ class LyingDaemon(storage_key_service_pb2_grpc.StorageKeyServiceServicer, vm_ser
         """What SetSkeys answers."""
         self.looking: Callable[[grpc.ServicerContext], vm_pb2.Vm] = lambda _: vm_pb2.Vm()
         """What GetVm answers."""
+        self.one_read = pb.GetSkeyResponse()
+        """What GetSkey answers."""
+        self.one_set = pb.SetSkeyResponse()
+        """What SetSkey answers."""
         self.called = threading.Event()
         """Set when a call has come."""
         self._pool = ThreadPoolExecutor(4)
@@ -53,6 +57,19 @@ class LyingDaemon(storage_key_service_pb2_grpc.StorageKeyServiceServicer, vm_ser
     ) -> Iterator[pb.SetSkeysResponse]:
         self.called.set()
         return self.writing(request_iterator, context)
+
+    def GetSkey(  # noqa: N802
+        self, request: pb.GetSkeyRequest, context: grpc.ServicerContext
+    ) -> pb.GetSkeyResponse:
+        return self.one_read
+
+    def SetSkey(  # noqa: N802
+        self, request: pb.SetSkeyRequest, context: grpc.ServicerContext
+    ) -> pb.SetSkeyResponse:
+        return self.one_set
+
+    def ResetReferenced(self, request: Any, context: Any) -> Any:  # noqa: N802
+        raise NotImplementedError
 
     def GetVm(  # noqa: N802
         self, request: vm_service_pb2.GetVmRequest, context: grpc.ServicerContext

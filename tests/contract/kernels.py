@@ -13,7 +13,7 @@ from tests.emulated.fixtures import SUITES
 GENERATION_OF_SUITE: Final = {"bookworm": "4.19", "trixie": "4.19", "forky": "7.2"}
 """What each suite's kernel is expected to follow; the fixture holds it against what boots."""
 
-_SUITES: Final = os.environ.get(SUITES, "bookworm").split()
+_SUITES: Final = os.environ.get(SUITES, "bookworm forky").split()
 
 
 def over(*generations: str, simulated: bool = True) -> pytest.MarkDecorator:

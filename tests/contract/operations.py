@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol, Self
 
 from skeyd.kvm import abi
 from skeyd.kvm.errors import KvmError
+from skeyd.storage_key import runs_of_equal
 
 UNTOUCHED: Final = 0xEF
 """What buffers are full of before a GET: it has the reserved bit, so no kernel ever put it there as a key."""
@@ -61,13 +62,17 @@ class Get:
     vm: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Set:
     """KVM_S390_SET_SKEYS."""
 
     start: int
     keys: bytes
     vm: int = 0
+
+    def __repr__(self) -> str:
+        # A million keys would be no help to who looks for what went wrong.
+        return f"Set(start={self.start:#x}, keys={len(self.keys)} [{in_runs(self.keys)}], vm={self.vm})"
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ class Raw:
 
 @dataclass(frozen=True)
 class KeyOp:
-    """KVM_S390_KEYOP, one key in and one out. Real kernels only."""
+    """KVM_S390_KEYOP, one key in and one out; the address in bytes."""
 
     operation: int
     address: int
@@ -123,7 +128,7 @@ class AddSlot:
 
 @dataclass(frozen=True)
 class Capability:
-    """KVM_CHECK_EXTENSION of the VM. Real kernels only."""
+    """KVM_CHECK_EXTENSION of the VM; a simulation knows of KVM_CAP_S390_KEYOP only."""
 
     number: int
     vm: int = 0
@@ -218,6 +223,12 @@ def play(guest: Guest, operation: Get | Set | Touch) -> Answer:
 def written(buffer: bytearray) -> bytes | None:
     """Return a buffer that was full of UNTOUCHED, or None where it still is."""
     return bytes(buffer) if buffer.strip(bytes([UNTOUCHED])) else None
+
+
+def in_runs(keys: bytes) -> str:
+    """Write keys down for people: each run of equal ones once."""
+    runs = ((key, count) for _, count, key in runs_of_equal(keys))
+    return " ".join(f"{key:02x}" if count == 1 else f"{key:02x}*{count}" for key, count in runs)
 
 
 # --- messages ------------------------------------------------------------------------------------------------------

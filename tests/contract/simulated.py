@@ -5,9 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from skeyd.kvm import abi
+from skeyd.kvm.errors import KvmError
+from skeyd.storage_key import FRAME_SIZE
 from skeyd.worker.protocol import SlotSpec, Spec
 from skeyd.worker.simulated import SimulatedProcess, SimulatedVm
-from tests.contract.operations import DONE, HERE, Answer, Create, Delete, Get, Operation, Set, Touch, play
+from tests.contract.operations import (
+    DONE,
+    HERE,
+    Answer,
+    Capability,
+    Create,
+    Delete,
+    Get,
+    KeyOp,
+    Operation,
+    Set,
+    Touch,
+    play,
+)
 from tests.contract.subject import Subject, new_vm
 
 
@@ -54,6 +70,14 @@ class _Process:
             case Delete(number):
                 self._vms.pop(number).close()
                 return DONE
+            case KeyOp(number, address, key):
+                try:
+                    found = self._vms[operation.vm].keyop(number, address // FRAME_SIZE, key)
+                except KvmError as error:
+                    return Answer.of_error(error)
+                return Answer(keys=bytes([found]))
+            case Capability(number):
+                return Answer(int(number == abi.KVM_CAP_S390_KEYOP and self._vms[operation.vm].has_keyop))
             case Get() | Set() | Touch():
                 return play(self._vms[operation.vm], operation)
         raise ValueError(f"no simulation does {operation}")

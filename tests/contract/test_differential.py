@@ -13,10 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from skeyd.kvm import abi
 from skeyd.storage_key import FRAME_SIZE
 from tests.contract.conftest import Kernels
 from tests.contract.kernels import every_real_kernel
-from tests.contract.operations import Answer, Create, Delete, Get, Operation, Set, Slot, Touch
+from tests.contract.operations import Answer, Create, Delete, Get, KeyOp, Operation, Set, Slot, Touch, in_runs
 from tests.contract.real import RealKernel
 from tests.contract.simulated import SimulatedKernel
 from tests.contract.subject import MAX, MIB, SEGMENT, Process
@@ -24,6 +25,9 @@ from tests.contract.subject import MAX, MIB, SEGMENT, Process
 HISTORIES: Final = int(os.environ.get("SKEYD_HISTORIES", "12"))
 NEW_PROCESSES: Final = max(4, HISTORIES // 8)
 """A process of its own costs a history ten times what it costs else."""
+
+KEYOPS: Final = (abi.KVM_S390_KEYOP_ISKE, abi.KVM_S390_KEYOP_RRBE, abi.KVM_S390_KEYOP_SSKE)
+GFNS_WITH_ADDRESS: Final = (1 << 64) // FRAME_SIZE
 
 LONGEST: Final = 16
 """Operations in a history."""
@@ -101,12 +105,17 @@ def keys(draw: st.DrawFn) -> bytes:
 def steps(draw: st.DrawFn, layouts: tuple[tuple[Slot, ...], ...]) -> Operation:
     """Draw one thing to do to one of the VMs."""
     vm = draw(st.integers(0, len(layouts) - 1))
-    match draw(st.sampled_from(["set", "set", "set", "get", "touch", "touch"])):
+    match draw(st.sampled_from(["set", "set", "set", "get", "touch", "touch", "keyop"])):
         case "set":
-            wanted = draw(keys() | keys() | keys() | st.sampled_from([b"", bytes(MAX), bytes(MAX + 1)]))
+            odd = st.sampled_from([b"", bytes(MAX), bytes(MAX + 1), b"\x38" * MAX])
+            wanted = draw(keys() | keys() | keys() | odd)
             return Set(draw(starts(layouts[vm])), wanted, vm)
         case "get":
             return Get(draw(starts(layouts[vm])), draw(st.integers(0, 600) | st.sampled_from([MAX, MAX + 1])), vm)
+        case "keyop":
+            gfn = draw(starts(layouts[vm])) % GFNS_WITH_ADDRESS
+            operation = draw(st.sampled_from([*KEYOPS, *KEYOPS, *KEYOPS, 0, 4, 255]))
+            return KeyOp(operation, gfn * FRAME_SIZE + draw(st.sampled_from([0, 1, 4095])), draw(_ANY), vm)
     return Touch(draw(frames(layouts[vm])), draw(st.booleans()), vm)
 
 
@@ -132,17 +141,7 @@ def agree(simulated: Process, real: Process, history: History) -> None:
 def _short(answer: Answer) -> str:
     if answer.keys is None:
         return f"{answer.returned} errno {answer.errno}"
-    return f"{answer.returned} errno {answer.errno} keys " + " ".join(_runs(answer.keys))
-
-
-def _runs(found: bytes) -> list[str]:
-    runs: list[tuple[int, int]] = []
-    for key in found:
-        if runs and runs[-1][0] == key:
-            runs[-1] = key, runs[-1][1] + 1
-        else:
-            runs.append((key, 1))
-    return [f"{key:02x}" if count == 1 else f"{key:02x}*{count}" for key, count in runs]
+    return f"{answer.returned} errno {answer.errno} keys {in_runs(answer.keys)}"
 
 
 def _simulation_of(kernels: Kernels, real: RealKernel) -> SimulatedKernel:

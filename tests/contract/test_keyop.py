@@ -1,4 +1,4 @@
-"""KVM_S390_KEYOP, which Linux 7.0 brought: real kernels only."""
+"""KVM_S390_KEYOP, which Linux 7.0 brought."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 
 from skeyd.kvm import abi
 from tests.contract.conftest import MakeVm
-from tests.contract.kernels import real_since_7_0, real_up_to_6_19
+from tests.contract.kernels import over, since_7_0, up_to_6_19
 from tests.contract.operations import Answer, Capability, KeyOp
 from tests.contract.subject import MIB, SEGMENT, Process, Subject, Vm, new_vm
 
-ISKE, RRBE, SSKE = 1, 2, 3
+ISKE, RRBE, SSKE = abi.KVM_S390_KEYOP_ISKE, abi.KVM_S390_KEYOP_RRBE, abi.KVM_S390_KEYOP_SSKE
 PAGE = 4096
 EINVAL, EFAULT = Answer.refused(errno.EINVAL), Answer.refused(errno.EFAULT)
 
@@ -26,26 +26,26 @@ def gives(key: int) -> Answer:
     return Answer(keys=bytes([key]))
 
 
-@real_up_to_6_19
+@up_to_6_19
 def test_up_to_6_19_it_is_not_there_and_the_capability_says_so(make_vm: MakeVm, subject: Subject) -> None:
     assert keyop(make_vm(), ISKE, 0) == Answer.refused(errno.ENOTTY)
     assert subject.shared.play(Capability(abi.KVM_CAP_S390_KEYOP)) == [Answer(0)]
 
 
-@real_since_7_0
+@since_7_0
 def test_since_7_0_the_capability_says_that_it_is_there(make_vm: MakeVm, subject: Subject) -> None:
     make_vm()
     assert subject.shared.play(Capability(abi.KVM_CAP_S390_KEYOP)) == [Answer(1)]
 
 
-@real_since_7_0
+@since_7_0
 def test_iske_gives_the_key_that_set_has_set(make_vm: MakeVm) -> None:
     vm = make_vm()
     vm.accept(1, b"\xfe\x36")
     assert [keyop(vm, ISKE, gfn * PAGE) for gfn in range(4)] == [gives(0), gives(0xFE), gives(0x36), gives(0)]
 
 
-@real_since_7_0
+@since_7_0
 def test_sske_sets_the_key_that_get_finds_and_gives_the_old_one(make_vm: MakeVm) -> None:
     vm = make_vm()
     vm.accept(1, b"\x36")
@@ -53,7 +53,7 @@ def test_sske_sets_the_key_that_get_finds_and_gives_the_old_one(make_vm: MakeVm)
     assert vm.keys(0, 3) == b"\0\x40\0"
 
 
-@real_since_7_0
+@since_7_0
 @pytest.mark.parametrize("key", [0xF8, 0xFA, 0xFC, 0xFE])
 def test_rrbe_gives_the_old_r_and_c_and_takes_r_away(make_vm: MakeVm, key: int) -> None:
     vm = make_vm()
@@ -62,7 +62,7 @@ def test_rrbe_gives_the_old_r_and_c_and_takes_r_away(make_vm: MakeVm, key: int) 
     assert vm.keys(0, 2) == bytes([key & ~0x04, key])
 
 
-@real_since_7_0
+@since_7_0
 def test_the_address_is_in_bytes_and_any_byte_of_a_frame_will_do(make_vm: MakeVm) -> None:
     vm = make_vm()
     assert keyop(vm, SSKE, PAGE + 1, 0x30) == gives(0)
@@ -70,7 +70,7 @@ def test_the_address_is_in_bytes_and_any_byte_of_a_frame_will_do(make_vm: MakeVm
     assert vm.keys(0, 3) == b"\0\x30\0"
 
 
-@real_since_7_0
+@since_7_0
 @pytest.mark.parametrize(("given", "kept"), [(0x01, 0x00), (0x31, 0x30), (0xFF, 0xFE)])
 def test_sske_drops_the_reserved_bit_where_set_refuses_it(make_vm: MakeVm, given: int, kept: int) -> None:
     vm = make_vm()
@@ -78,21 +78,29 @@ def test_sske_drops_the_reserved_bit_where_set_refuses_it(make_vm: MakeVm, given
     assert vm.keys(0, 1) == bytes([kept])
 
 
-@real_since_7_0
+@over("7.0")
+@pytest.mark.parametrize(("operation", "given"), [(ISKE, 0x05), (RRBE, 0x0A), (SSKE, 0x30)])
+def test_7_0_takes_the_number_of_an_interruption_for_the_key_of_a_frame_in_no_slot(
+    make_vm: MakeVm, operation: int, given: int
+) -> None:
+    assert keyop(make_vm((0, 1), (3, 1)), operation, MIB, 0x30) == gives(given)
+
+
+@over("7.2")
 @pytest.mark.parametrize("operation", [ISKE, RRBE, SSKE])
 @pytest.mark.parametrize("address", [MIB, 3 * MIB - 1, 1 << 44, 1 << 63, (1 << 64) - 1])
-def test_a_frame_in_no_slot_is_efault(make_vm: MakeVm, operation: int, address: int) -> None:
+def test_since_7_2_a_frame_in_no_slot_is_efault(make_vm: MakeVm, operation: int, address: int) -> None:
     assert keyop(make_vm((0, 1), (3, 1)), operation, address, 0x30) == EFAULT
 
 
-@real_since_7_0
+@since_7_0
 @pytest.mark.parametrize("operation", [0, 4, 255])
 @pytest.mark.parametrize("address", [0, 2 * MIB])
 def test_an_operation_that_is_none_is_einval_wherever(make_vm: MakeVm, operation: int, address: int) -> None:
     assert keyop(make_vm((0, 1)), operation, address) == EINVAL
 
 
-@real_since_7_0
+@since_7_0
 @pytest.mark.parametrize("operation", [ISKE, RRBE, SSKE])
 def test_it_works_on_a_keyless_guest_and_enables_nothing(process: Process, operation: int) -> None:
     vm = new_vm(process)
@@ -100,7 +108,7 @@ def test_it_works_on_a_keyless_guest_and_enables_nothing(process: Process, opera
     assert vm.is_keyless()
 
 
-@real_since_7_0
+@since_7_0
 def test_a_key_that_sske_gave_a_keyless_guest_is_gone_once_keys_are_enabled(process: Process) -> None:
     vm = new_vm(process)
     assert keyop(vm, SSKE, PAGE, 0x36) == gives(0)

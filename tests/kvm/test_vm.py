@@ -7,6 +7,7 @@ import errno
 import fcntl
 import mmap
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -236,3 +237,34 @@ def test_the_real_kernel_refuses_memory_slots_that_overlap(real_vm: Vm) -> None:
         assert refused.value.ioctl == "KVM_SET_USER_MEMORY_REGION"
         real_vm.set_memory(1, 2 * MIB, other)
         real_vm.close()  # before its memory
+
+
+# --- one frame -----------------------------------------------------------------------------------------------------
+
+
+def test_keyop_gives_the_kernel_the_address_in_bytes_and_takes_the_key_that_it_writes(
+    vm: Vm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, bytes]] = []
+
+    def kernel(fd: int, request: int, argument: bytearray) -> int:
+        seen.append((request, bytes(argument)))
+        argument[8] = 0x36
+        return 0
+
+    monkeypatch.setattr(fcntl, "ioctl", kernel)
+    assert vm.keyop(abi.KVM_S390_KEYOP_SSKE, 0x1234, 0x50) == 0x36
+    assert seen == [(abi.KVM_S390_KEYOP, (0x1234000).to_bytes(8, sys.byteorder) + b"\x50\x03" + bytes(6))]
+
+
+def test_keyop_that_returns_a_number_is_no_key(vm: Vm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "ioctl", lambda *_: abi.PGM_ADDRESSING)
+    with pytest.raises(KvmError) as refused:
+        vm.keyop(abi.KVM_S390_KEYOP_ISKE, 0)
+    assert (refused.value.ioctl, refused.value.returned) == ("KVM_S390_KEYOP", 5)
+
+
+def test_keyop_on_a_descriptor_that_is_no_vm_is_refused_by_the_real_kernel(vm: Vm) -> None:
+    with pytest.raises(KvmError) as refused:
+        vm.keyop(abi.KVM_S390_KEYOP_ISKE, 0)
+    assert (refused.value.ioctl, refused.value.errno) == ("KVM_S390_KEYOP", errno.ENOTTY)

@@ -19,9 +19,9 @@ def key_of(gfn: int) -> int:
 class FakeSession(Session):
     """A session with a guest whose slots are given in frames."""
 
-    def __init__(self, *slots: tuple[int, int], uses_keys: bool = True) -> None:
+    def __init__(self, *slots: tuple[int, int], uses_keys: bool = True, keyop: bool = False) -> None:
         memory = tuple(MemorySlot(number, GfnRange(*one), "none") for number, one in enumerate(slots))
-        self.hello = Hello("web", UID, "0" * 32, "simulated", "simulated", "0", 1, 0, memory)
+        self.hello = Hello("web", UID, "0" * 32, "simulated", "simulated", "0", 1, 0, memory, keyop)
         self.memory_map = MemoryMap(memory)
         self.enabled = uses_keys
         self.keyless_from: int | None = None
@@ -29,6 +29,7 @@ class FakeSession(Session):
         self.impossible: dict[int, int] = {}
         """By gfn: a key in the place of the one that a frame has."""
         self.read: list[GfnRange] = []
+        self.keyops: list[tuple[str, int, int]] = []
         self.written: list[tuple[GfnRange, bytes, bool]] = []
         self.repaired = 0
         """Keys that each write says it repaired."""
@@ -56,3 +57,11 @@ class FakeSession(Session):
             raise self.refusals[number]
         enabled, self.enabled = not self.enabled, True
         return self.repaired, enabled
+
+    def keyop(self, operation: str, gfn: int, key: int = 0) -> tuple[int | None, bool]:
+        """As a session does."""
+        self.keyops.append((operation, gfn, key))
+        if not self.enabled:
+            return None, False
+        found = self.impossible.get(gfn, key_of(gfn))
+        return found if operation != "rrbe" or gfn in self.impossible else found & 0x06, self.repaired > 0

@@ -224,6 +224,15 @@ NO_ANSWER: list[dict[str, Any] | bytes] = [
 BAD_FLAGS: list[Any] = [None, 0, 1, "true", [], {}]
 BAD_COUNTS: list[Any] = [None, -1, FRAMES.count + 1, 1 << 64, True, 1.0, "1", []]
 
+ONE = {"uses_keys": True, "key": 0x30, "repaired": False}
+UNCERTAIN = {"set": str(FRAMES), "keyop": "0x7-0x7"}
+"""By op: what nobody knows of after it was asked for and not answered."""
+
+
+def _sske(session: Session) -> object:
+    return session.keyop("sske", 7, 0x40)
+
+
 BAD_ANSWERS: list[tuple[str, Use, dict[str, Any] | bytes]] = [
     *(("status", Session.uses_keys, answer) for answer in NO_ANSWER),
     *(("status", Session.uses_keys, {"ok": {"uses_keys": flag}}) for flag in BAD_FLAGS),
@@ -232,6 +241,10 @@ BAD_ANSWERS: list[tuple[str, Use, dict[str, Any] | bytes]] = [
     *(("set", _write, answer) for answer in NO_ANSWER),
     *(("set", _write, {"ok": {"repaired": count, "enabled": True}}) for count in BAD_COUNTS),
     *(("set", _write, {"ok": {"repaired": 0, "enabled": flag}}) for flag in BAD_FLAGS),
+    *(("keyop", _sske, answer) for answer in NO_ANSWER),
+    *(("keyop", _sske, {"ok": {**ONE, "key": key}}) for key in (None, -1, 256, True, "1")),
+    *(("keyop", _sske, {"ok": {**ONE, "uses_keys": flag}}) for flag in BAD_FLAGS),
+    *(("keyop", _sske, {"ok": {**ONE, "repaired": flag}}) for flag in BAD_FLAGS),
     *(("shutdown", Session.shut_down, answer) for answer in NO_ANSWER if answer != {"ok": {}}),
 ]
 
@@ -260,7 +273,7 @@ def test_an_answer_that_is_none_is_a_failed_worker(
     assert refusal.reason is Reason.WORKER_FAILED
     assert refusal.metadata["vm"] == "vms/web"
     # What a write did that was answered with nonsense nobody knows.
-    assert refusal.metadata.get("uncertain") == (str(FRAMES) if op == "set" else None)
+    assert refusal.metadata.get("uncertain") == UNCERTAIN.get(op)
 
 
 USES: list[tuple[str, Use]] = [
@@ -269,6 +282,7 @@ USES: list[tuple[str, Use]] = [
     ("attach", _write),
     ("get", _read),
     ("set", _write),
+    ("keyop", _sske),
     ("shutdown", Session.shut_down),
 ]
 
@@ -278,7 +292,7 @@ def test_a_worker_that_hangs_up_instead_of_answering_was_lost(runtime_dir: Path,
     refusal = _refusal(runtime_dir, _after_attaching(op, lambda _: None), use)
     assert refusal.reason is Reason.WORKER_LOST
     assert refusal.metadata["vm"] == "vms/web"
-    assert refusal.metadata.get("uncertain") == (str(FRAMES) if op == "set" else None)
+    assert refusal.metadata.get("uncertain") == UNCERTAIN.get(op)
 
 
 @pytest.mark.parametrize(("op", "use"), USES)
@@ -295,7 +309,7 @@ def test_a_worker_that_never_answers_was_lost(
     refusal = _refusal(runtime_dir, _after_attaching(op, Caller.wait_for_end), ask_impatiently)
     assert refusal.reason is Reason.WORKER_LOST
     assert "did not answer in time" in refusal.message
-    assert refusal.metadata.get("uncertain") == (str(FRAMES) if op == "set" else None)
+    assert refusal.metadata.get("uncertain") == UNCERTAIN.get(op)
 
 
 @pytest.mark.parametrize("answer", [{"ok": {"uses_keys": True}}, {"error": {"reason": "OUT_OF_MEMORY"}}])
@@ -526,3 +540,69 @@ def test_a_real_worker_that_is_killed_was_lost(runtime_dir: Path) -> None:
                 with pytest.raises(SkeydError) as refused:
                     use(session)
                 assert refused.value.reason is Reason.WORKER_LOST
+
+
+# --- one frame -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (ONE, (0x30, False)),
+        ({**ONE, "repaired": True}, (0x30, True)),
+        ({**ONE, "uses_keys": False}, (None, False)),
+        ({**ONE, "key": 0}, (0, False)),
+    ],
+)
+def test_what_keyop_gives_is_what_the_worker_says(
+    runtime_dir: Path, answer: dict[str, Any], found: tuple[int | None, bool]
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def script(caller: Caller) -> None:
+        caller.say(hello())
+        asked.append(caller.answer("keyop", {"ok": answer}))
+        caller.wait_for_end()
+
+    with FakeWorker(runtime_dir, script), _session(runtime_dir) as session:
+        assert session.keyop("sske", 7, 0x40) == found
+    assert asked == [{"op": "keyop", "operation": "sske", "gfn": 7, "key": 0x40}]
+
+
+def test_a_read_that_was_not_answered_leaves_nothing_uncertain(runtime_dir: Path) -> None:
+    def use(session: Session) -> object:
+        return session.keyop("iske", 7)
+
+    assert "uncertain" not in _refusal(runtime_dir, _after_attaching("keyop", lambda _: None), use).metadata
+
+
+def test_a_worker_from_before_there_was_keyop_has_none(runtime_dir: Path) -> None:
+    old = hello()
+    del old["keyop"]
+    with FakeWorker(runtime_dir, says(old)), _session(runtime_dir) as session:
+        assert not session.hello.keyop
+
+
+@contextmanager
+def _served(worker: WorkerProcess) -> Iterator[None]:
+    assert worker.first_line() == OK
+    yield
+
+
+def test_a_real_worker_takes_keyop(runtime_dir: Path) -> None:
+    with (
+        WorkerProcess(runtime_dir, simulated((0, 4), kernel="7.2")) as worker,
+        _served(worker),
+        _session(runtime_dir) as session,
+    ):
+        assert session.hello.keyop
+        assert session.keyop("sske", 3, 0x30) == (None, False)
+        assert session.write_slice(GfnRange(0, 4), b"\x16" * 4, True) == (0, True)
+        assert session.keyop("sske", 3, 0x30) == (0x16, False)
+        assert session.keyop("iske", 3) == (0x30, False)
+        assert session.keyop("rrbe", 2) == (0x06, False)
+        assert list(session.read_slices([GfnRange(0, 4)])) == [(GfnRange(0, 4), b"\x16\x16\x12\x30")]
+        with pytest.raises(SkeydError) as refused:
+            session.keyop("iske", 1 << 20)
+        assert refused.value.reason is Reason.GFN_NOT_MAPPED
+        assert session.keyop("iske", 3) == (0x30, False), "a refusal leaves a session that can be used"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from skeyd.gfn import GfnRange
 from skeyd.kvm.errors import KvmError
 from skeyd.worker.backend import Backend
+from skeyd.worker.protocol import KEYOPS
 from skeyd.worker.simulated import SimulatedVm
 from tests.worker.specs import simulated
 
@@ -18,6 +19,7 @@ class Recording:
         self.vm = SimulatedVm(simulated(*(slots or [(0, 4)]), kernel=kernel))
         self.kernel = self.vm.kernel
         self.memory_map = self.vm.memory_map
+        self.has_keyop = self.vm.has_keyop
         self.calls: list[tuple[str, GfnRange]] = []
 
     def get_skeys(self, start_gfn: int, buffer: memoryview) -> bool:
@@ -29,6 +31,11 @@ class Recording:
         """As the ioctl."""
         self.calls.append(("set", GfnRange(start_gfn, buffer.nbytes)))
         self.vm.set_skeys(start_gfn, buffer)
+
+    def keyop(self, operation: int, gfn: int, key: int = 0) -> int:
+        """As the ioctl."""
+        self.calls.append((KEYOPS[operation - 1], GfnRange(gfn, 1)))
+        return self.vm.keyop(operation, gfn, key)
 
     def close(self) -> None:
         """Forget the keys."""
@@ -95,6 +102,11 @@ class Refusing(Recording):
         """As the ioctl, or the refusal."""
         self._ask("set")
         super().set_skeys(start_gfn, buffer)
+
+    def keyop(self, operation: int, gfn: int, key: int = 0) -> int:
+        """As the ioctl, or the refusal."""
+        self._ask(KEYOPS[operation - 1])
+        return super().keyop(operation, gfn, key)
 
 
 _: type[Backend] = Recording

@@ -17,7 +17,6 @@ from skeyd.gfn import GfnRange
 from skeyd.kvm.errors import KvmError
 from skeyd.kvm.vm import Vm
 from skeyd.worker.backend import Backend
-from skeyd.worker.keys import Keys
 from skeyd.worker.protocol import BUFFER_BYTES, SOCKET, Hello
 from skeyd.worker.service import Service
 from tests.worker.backends import Recording, Refusing
@@ -33,7 +32,7 @@ def _serving(directory: Path, backend: Backend) -> Iterator[None]:
         listener.bind(str(directory / SOCKET))
         listener.listen()
         hello = Hello("web", UID, "0" * 32, "owned", "6.1", "0", os.getpid(), 0, backend.memory_map.slots)
-        thread = threading.Thread(target=Service(listener, hello, Keys(backend)).run, args=(wake,))
+        thread = threading.Thread(target=Service(listener, hello, backend).run, args=(wake,))
         thread.start()
         try:
             yield
