@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from typing import Final
 
 import pytest
 
 from skeyd.worker.protocol import SIMULATED_KERNELS
-from tests.emulated.fixtures import SUITES
+from tests.emulated.fixtures import suites
 
 GENERATION_OF_SUITE: Final = {"bookworm": "4.19", "trixie": "4.19", "forky": "7.2"}
 """What each suite's kernel is expected to follow; the fixture holds it against what boots."""
 
-_SUITES: Final = os.environ.get(SUITES, "bookworm forky").split()
+_SUITES: Final = suites()
 
 
 def over(*generations: str, simulated: bool = True) -> pytest.MarkDecorator:

@@ -8,11 +8,14 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.emulated import recipe
 from tests.emulated.host import BootFailed, EmulatedHost
 from tests.emulated.image import Image
 
 REQUIRE = "SKEYD_REQUIRE_EMULATED"
 SUITES = "SKEYD_EMULATED_SUITES"
+DEFAULT_SUITES = "bookworm forky"
+"""A kernel that loses keys, and one that has KEYOP."""
 
 
 def is_required() -> bool:
@@ -21,8 +24,15 @@ def is_required() -> bool:
 
 
 def suites() -> list[str]:
-    """Return the suites that tests are to run on: SKEYD_EMULATED_SUITES, words of recipe.SUITES; bookworm if unset."""
-    return os.environ.get(SUITES, "bookworm").split()
+    """Return the suites that tests are to run on: words of recipe.SUITES in SKEYD_EMULATED_SUITES, or DEFAULT_SUITES.
+
+    Sorted as recipe.SUITES is: tests of one host follow one another, whatever the order of the words.
+    """
+    wanted = os.environ.get(SUITES, DEFAULT_SUITES).split()
+    unknown = set(wanted) - set(recipe.SUITES)
+    if unknown:
+        raise ValueError(f"{SUITES} has {', '.join(sorted(unknown))}, which is none of {', '.join(recipe.SUITES)}")
+    return [suite for suite in recipe.SUITES if suite in wanted]
 
 
 def require_image(suite: str) -> Image:

@@ -1,4 +1,4 @@
-"""Have the image that `make test` boots, before the tests: `python -m tests.emulated.prepare [SUITE ...]`.
+"""Have the images that `make test` boots, before the tests: `python -m tests.emulated.prepare [SUITE ...]`.
 
 Where this machine can't build it, say why and how it could, and let the tests be skipped; where the emulated host is
 required (CI=true, SKEYD_REQUIRE_EMULATED=1), fail.
@@ -7,7 +7,7 @@ required (CI=true, SKEYD_REQUIRE_EMULATED=1), fail.
 import sys
 from collections.abc import Sequence
 
-from tests.emulated.fixtures import is_required
+from tests.emulated.fixtures import is_required, suites
 from tests.emulated.image import BuildFailed, Image
 
 
@@ -30,4 +30,4 @@ def main(suites: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or ["bookworm"]))
+    sys.exit(main(sys.argv[1:] or suites()))
