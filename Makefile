@@ -48,6 +48,11 @@ test-kernels: $(READY) ## The contract on Linux 6.1, 6.12 and 7.x, with 1,000 ra
 	$(BIN)/python -m tests.emulated.prepare bookworm trixie forky
 	SKEYD_EMULATED_SUITES="bookworm trixie forky" SKEYD_HISTORIES=1000 $(BIN)/pytest tests/contract -o timeout=0
 
+.PHONY: benchmark
+benchmark: $(READY) ## What verified SETs cost, as ratios, on a real s390x kernel in the emulated host
+	$(BIN)/python -m tests.emulated.prepare
+	$(BIN)/python -m benchmarks.repair $(or $(SKEYD_EMULATED_SUITES),bookworm forky)
+
 .PHONY: lint
 lint: $(READY) ## Style, types, the direction of imports, the contract, generated pages
 	$(BIN)/ruff check

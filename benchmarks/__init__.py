@@ -1,0 +1,1 @@
+"""Measurements: ratios of two things in one run, never seconds. Not tests: nothing here passes or fails."""
