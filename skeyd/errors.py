@@ -73,6 +73,15 @@ def reserved_bit(key: int, gfn: int) -> SkeydError:
     )
 
 
+def no_keyop() -> SkeydError:
+    """Return the refusal of what only KVM_S390_KEYOP does."""
+    return SkeydError(
+        Reason.CAP_S390_KEYOP_MISSING,
+        "this VM's kernel has no KVM_S390_KEYOP (KVM_CAP_S390_KEYOP is 0), which came with Linux 7.0",
+        {"remedy": "read the key, and set it without its referenced bit"},
+    )
+
+
 _EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT)
 
 

@@ -39,12 +39,13 @@ from skeyd.v1 import (
     vm_service_pb2,
     vm_service_pb2_grpc,
 )
+from skeyd.vms import launcher
 from skeyd.vms.registry import Registry
 from skeyd.vms.runtime import RuntimeDirectory, RuntimeDirectoryError
 from skeyd.vms.starter import ChildStarter
 
 EXIT_UNUSABLE: Final = 3
-"""The runtime directory or a listener can't be used; the message on standard error says why."""
+"""The runtime directory, a listener or the worker launcher can't be used; the message on standard error says why."""
 
 _DESCRIPTORS: Final = 65_536
 _UNIX_PATH_MAX: Final = 107
@@ -59,6 +60,8 @@ class Settings:
     runtime_dir: Path
     insecure_tcp: str | None
     memory_dir: Path | None
+    worker_launcher: str | None
+    """An absolute path; "none"; or None, which is the default one where it is installed."""
     log_format: str
 
 
@@ -76,7 +79,8 @@ class Daemon:
         self, settings: Settings, runtime: RuntimeDirectory, log: structlog.typing.FilteringBoundLogger
     ) -> None:
         self._log = log
-        self._registry = Registry(runtime, ChildStarter())
+        self._launcher = launcher.find_launcher(settings.worker_launcher)
+        self._registry = Registry(runtime, ChildStarter(self._launcher))
         names = [
             pb.DESCRIPTOR.services_by_name[name].full_name
             for pb, name in (
@@ -92,7 +96,10 @@ class Daemon:
         self._vms = VmService(self._registry, settings.memory_dir)
         self._host = HostService(self._registry)
         self._pools = {
-            f"/{names[1]}/": ThreadPoolExecutor(limits.MAX_KEY_STREAMS + limits.SPARE_THREADS, "keys"),
+            **dict.fromkeys(
+                (f"/{names[1]}/GetSkeys", f"/{names[1]}/SetSkeys"),
+                ThreadPoolExecutor(limits.MAX_KEY_STREAMS + limits.SPARE_THREADS, "keys"),
+            ),
             f"/{HEALTH}/Check": ThreadPoolExecutor(limits.SPARE_THREADS, "health"),
             f"/{HEALTH}/Watch": ThreadPoolExecutor(limits.MAX_WATCHES + limits.SPARE_THREADS, "watch"),
         }
@@ -116,7 +123,15 @@ class Daemon:
             server.start()
         self.health.serve()
         vms = self._registry.count()
-        self._log.info("serving", addresses=self.addresses, vms=vms, version=skeyd.__version__, pid=os.getpid())
+        self._log.info(
+            "serving",
+            addresses=self.addresses,
+            vms=vms,
+            version=skeyd.__version__,
+            pid=os.getpid(),
+            # The default is found without a word on the command line; this says whether it was.
+            worker_launcher=None if self._launcher is None else str(self._launcher),
+        )
         # A VM that doesn't answer must keep nobody waiting, so they are looked at on the side.
         threading.Thread(target=self._report_vms, name="report-vms", daemon=True).start()
 
@@ -215,6 +230,12 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         help="files in this directory may back the memory of owned VMs (default: none may)",
     )
     parser.add_argument(
+        "--worker-launcher",
+        metavar=f"PATH|{launcher.NONE}",
+        help=f"start workers through this program, which gives them the PGSTE page tables that owned VMs need up to "
+        f"Linux 6.19; {launcher.NONE}: directly (default: {launcher.DEFAULT} where it is installed)",
+    )
+    parser.add_argument(
         "--log-format",
         choices=logs.FORMATS,
         default="auto",
@@ -227,7 +248,13 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     path = "" if memory_dir is None else str(memory_dir.absolute())
     if len(path) > _MEMORY_DIR_MAX or not path.isprintable():
         parser.error(f"--memory-dir: a path is printable and has at most {_MEMORY_DIR_MAX} characters")
-    return Settings(given.runtime_dir, given.insecure_tcp, memory_dir and memory_dir.absolute(), given.log_format)
+    return Settings(
+        runtime_dir=given.runtime_dir,
+        insecure_tcp=given.insecure_tcp,
+        memory_dir=memory_dir and memory_dir.absolute(),
+        worker_launcher=given.worker_launcher,
+        log_format=given.log_format,
+    )
 
 
 def _loopback(text: str) -> str:
@@ -263,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             runtime = resources.enter_context(RuntimeDirectory.open(settings.runtime_dir))
             daemon = Daemon(settings, runtime, log)
-        except (RuntimeDirectoryError, ListenError) as error:
+        except (RuntimeDirectoryError, ListenError, launcher.LauncherError) as error:
             log.error("cannot start", error=str(error))
             sys.exit(EXIT_UNUSABLE)
         daemon.serve()

@@ -16,9 +16,11 @@ SYSCTL_PGSTE: Final = "/proc/sys/vm/allocate_pgste"
 """Exists on s390x up to Linux 6.19; 1 gives PGSTE page tables to every process started from then on."""
 
 PGSTE_REMEDY: Final = (
-    "before the daemon is started, set the sysctl vm.allocate_pgste=1, "
-    "or start it from a program linked with -Wl,--s390-pgste"
+    "set the sysctl vm.allocate_pgste=1, which every program started from then on pays for with memory, "
+    "or start skeyd with --worker-launcher=/usr/libexec/skeyd/skeyd-pgste, "
+    "a program linked with --s390-pgste that workers are started through"
 )
+"""Both count for workers that are started afterwards. A test holds the path to that of skeyd.vms.launcher."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,8 @@ def _pgste(kvm: Kvm) -> Finding:
         if error.errno == errno.EINVAL:
             return Finding("pgste", False, f"{error}; vm.allocate_pgste is {sysctl}", PGSTE_REMEDY)
         return Finding("pgste", None, str(error))
-    return Finding("pgste", True, f"a VM can be created; vm.allocate_pgste is {sysctl}")
+    how = ", so this process has its page tables from its launcher or from the daemon" if sysctl == "0" else ""
+    return Finding("pgste", True, f"a VM can be created; vm.allocate_pgste is {sysctl}{how}")
 
 
 def _read_sysctl() -> str:

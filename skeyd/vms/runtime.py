@@ -229,18 +229,15 @@ class VmDirectory:
         return os.open(LOG, flags, 0o600, dir_fd=self.fd)
 
     def log_end(self) -> str:
-        """Return the last line of the worker's log, of which only the printable is kept; empty if there is none."""
+        """Return what `last_words` finds in the worker's log."""
         try:
             fd = os.open(LOG, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self.fd)
         except OSError:
             return ""
         try:
-            size = os.fstat(fd).st_size
-            lines = os.pread(fd, _LOG_END, max(0, size - _LOG_END)).decode(errors="replace").split("\n")
+            return last_words(fd)
         finally:
             os.close(fd)
-        last = next((line for line in reversed(lines) if line.strip()), "")
-        return "".join(filter(str.isprintable, last))
 
     def worker_lives(self) -> bool:
         """Whether a worker holds the lock: the one evidence that doesn't depend on its good will."""
@@ -256,6 +253,14 @@ class VmDirectory:
     def close(self) -> None:
         """Let go of the directory."""
         os.close(self.fd)
+
+
+def last_words(fd: int) -> str:
+    """Return the last line of a worker's log, of which only the printable is kept; empty if there is none."""
+    size = os.fstat(fd).st_size
+    lines = os.pread(fd, _LOG_END, max(0, size - _LOG_END)).decode(errors="replace").split("\n")
+    last = next((line for line in reversed(lines) if line.strip()), "")
+    return "".join(filter(str.isprintable, last))
 
 
 def _require_private(path: Path) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from skeyd.errors import Reason, SkeydError, reserved_bit
+from skeyd.errors import Reason, SkeydError, no_keyop, reserved_bit
 from skeyd.gfn import GfnRange
 from skeyd.storage_key import CHANGED, REFERENCED, RESERVED
 from skeyd.vms.session import Session
-from skeyd.worker import refusals
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +63,7 @@ def reset_referenced(session: Session, gfn: int) -> int:
     session.memory_map.require_mapped(GfnRange(gfn, 1))
     if not session.hello.keyop:
         # Nothing else does it: the guest could set C between reading the key and setting it without R.
-        raise refusals.no_keyop()
+        raise no_keyop()
     found, _ = session.keyop("rrbe", gfn)
     if found is None:
         raise SkeydError(Reason.SKEYS_NOT_ENABLED, "the guest uses no storage keys, so there is no R to reset")

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, Protocol
 
 from skeyd.errors import Reason, SkeydError, exhausted
 from skeyd.limits import WORKER_START_SECONDS
-from skeyd.vms.runtime import VmDirectory
+from skeyd.vms.runtime import VmDirectory, last_words
 from skeyd.worker.protocol import MESSAGE_MAX, Fields, ProtocolError, Spec, decode, encode, take_answer
 
 _WORKER: Final = str(Path(__file__).parent.parent / "worker" / "__main__.py")
+_NOT_RUN: Final = (126, 127)
+"""How a launcher ends that could not run the worker, and the dynamic linker where it could not run the launcher."""
 
 
 class WorkerStarter(Protocol):
@@ -35,10 +39,13 @@ class WorkerStarter(Protocol):
 class ChildStarter:
     """Starts workers as children in sessions of their own: they outlive this process, and its terminal.
 
+    Where there is a launcher, it is what is started, and it becomes the worker (skeyd.vms.launcher).
+
     Synchronization: any thread; each worker is one thread's until it serves.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, launcher: Path | None = None) -> None:
+        self._launcher = launcher
         # Only to be waited for. Which VMs there are is read from the runtime directory, never from here.
         self._children: list[subprocess.Popen[bytes]] = []
         self._lock = threading.Lock()
@@ -50,24 +57,24 @@ class ChildStarter:
             child = self._spawn(["vm", str(directory.fd)], log, pass_fds=(directory.fd,))
         finally:
             os.close(log)
-        try:
-            _first_answer(child, encode(spec.to_message()))
-        except BaseException:
-            # It has made no VM that anybody was told of, and it is this process's own unreaped child.
-            child.kill()
-            child.wait()
-            raise
+        self._answer(child, encode(spec.to_message()))
         with self._lock:
             self._children.append(child)
 
     def probe_host(self) -> Fields:
         """Have a child look at the host."""
-        child = self._spawn(["probe"], subprocess.DEVNULL)
+        log = os.memfd_create("probe.log")
         try:
-            return _first_answer(child, b"")
+            child = self._spawn(["probe"], log)
+            answer = self._answer(child, b"")
+            _end(child)
+            return answer
+        except SkeydError as error:
+            if error.reason is Reason.WORKER_FAILED:
+                error.metadata["worker_log"] = last_words(log)  # as the registry has it for a VM's worker
+            raise
         finally:
-            child.kill()
-            child.wait()
+            os.close(log)
 
     def reap(self) -> None:
         """Wait for children that have ended."""
@@ -75,9 +82,12 @@ class ChildStarter:
             self._children = [child for child in self._children if child.poll() is None]
 
     def _spawn(self, arguments: list[str], stderr: int, pass_fds: tuple[int, ...] = ()) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-I", "-S", _WORKER, *arguments]
+        if self._launcher is not None:
+            command.insert(0, str(self._launcher))
         try:
             return subprocess.Popen(
-                [sys.executable, "-I", "-S", _WORKER, *arguments],
+                command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -87,8 +97,41 @@ class ChildStarter:
                 pass_fds=pass_fds,
             )
         except OSError as error:
-            failed = SkeydError(Reason.WORKER_FAILED, f"no worker could be started: {error.strerror}")
+            through = "" if self._launcher is None else f" through the launcher {self._launcher}"
+            failed = SkeydError(Reason.WORKER_FAILED, f"no worker could be started{through}: {error.strerror}")
             raise exhausted(error) or failed from error
+
+    def _answer(self, child: subprocess.Popen[bytes], given: bytes) -> Fields:
+        # What the child says first. It is ended where that is no good: it has made no VM that anybody was told of.
+        try:
+            return _first_answer(child, given)
+        except BaseException as error:
+            status = _end(child)
+            if isinstance(error, _SaidNothingError):
+                raise SkeydError(Reason.WORKER_FAILED, f"{self._why_nothing(status)}; see its log") from None
+            raise
+
+    def _why_nothing(self, status: int) -> str:
+        if self._launcher is None:
+            return "the worker ended before it was ready"
+        if status not in _NOT_RUN:
+            return f"the worker, which was started through {self._launcher}, ended before it was ready"
+        return (
+            f"the launcher {self._launcher} ended with status {status}: "
+            f"it could not run {sys.executable}, or could not be run itself"
+        )
+
+
+class _SaidNothingError(Exception):
+    """A child closed its standard output before it had said a whole line."""
+
+
+def _end(child: subprocess.Popen[bytes]) -> int:
+    # Kill a child, and what else is in its session: a launcher may have failed to become the worker and be its parent.
+    # Nobody has waited for the child yet, so the number is its own. Returns its exit status.
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    return child.wait()
 
 
 def _first_answer(child: subprocess.Popen[bytes], given: bytes) -> Fields:
@@ -110,7 +153,7 @@ def _first_answer(child: subprocess.Popen[bytes], given: bytes) -> Fields:
             part = os.read(child.stdout.fileno(), MESSAGE_MAX)
             said += part
             if not part:
-                raise SkeydError(Reason.WORKER_FAILED, "the worker ended before it was ready; see its log")
+                raise _SaidNothingError
             if len(said) > MESSAGE_MAX:
                 raise SkeydError(Reason.WORKER_FAILED, "the worker says more than it should")
     try:

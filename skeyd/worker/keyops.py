@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from skeyd.errors import Reason, SkeydError, reserved_bit
+from skeyd.errors import Reason, SkeydError, no_keyop, reserved_bit
 from skeyd.gfn import GfnRange
 from skeyd.kvm import abi
 from skeyd.kvm.errors import KvmError
@@ -69,7 +69,7 @@ class KeyOps:
 
     def _may(self, gfn: int) -> bool:
         if not self._backend.has_keyop:
-            raise refusals.no_keyop()
+            raise no_keyop()
         self._backend.memory_map.require_mapped(GfnRange(gfn, 1))
         self._uses_keys = self._uses_keys or self._keys.uses_keys()
         return self._uses_keys

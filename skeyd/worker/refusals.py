@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from skeyd.errors import Reason, SkeydError
+from skeyd.errors import Reason, SkeydError, no_keyop
 from skeyd.gfn import GfnRange
 from skeyd.kvm import abi, probe
 from skeyd.kvm.errors import KvmError
@@ -26,15 +26,6 @@ def of_key_call(error: KvmError, frames: GfnRange) -> SkeydError:
         case errno.ENOTTY:
             return SkeydError(Reason.CAP_S390_SKEYS_MISSING, f"{error}: this kernel has no storage-key calls", where)
     return SkeydError(Reason.KERNEL_REFUSED, f"{error} for {frames}", where)
-
-
-def no_keyop() -> SkeydError:
-    """Say that the kernel has no KVM_S390_KEYOP."""
-    return SkeydError(
-        Reason.CAP_S390_KEYOP_MISSING,
-        "this VM's kernel has no KVM_S390_KEYOP (KVM_CAP_S390_KEYOP is 0), which came with Linux 7.0",
-        {"remedy": "read the key, and set it without its referenced bit"},
-    )
 
 
 def of_opening_kvm(error: OSError | KvmError) -> SkeydError:

@@ -12,12 +12,14 @@ from typing import Final
 from tests.contract import operations
 from tests.contract.operations import HERE, Answer, Operation
 from tests.contract.subject import Subject, new_vm
+from tests.emulated.compiler import compiled
 from tests.emulated.host import EmulatedHost
 
 ROOT: Final = Path(__file__).parents[2]
 INSIDE: Final = "/srv/contract"
-PORTS: Final = {True: 50061, False: 50062}
+PORTS: Final = {(True, False): 50061, (False, False): 50062, (False, True): 50063, (True, True): 50064}
 PGSTE: Final = "/proc/sys/vm/allocate_pgste"
+LAUNCHER: Final = "deploy/launcher/skeyd-pgste"
 SECONDS: Final = 120.0
 """For one request: a shared machine that emulates takes its time."""
 
@@ -30,7 +32,7 @@ class RealKernel:
         self.generation = generation_of(host.kernel)
         self._host = host
         self._resources = ExitStack()
-        self._ports: dict[bool, int] = {}
+        self._ports: dict[tuple[bool, bool], int] = {}
         host.put_tree(ROOT / "skeyd", f"{INSIDE}/skeyd")
         for path in ("tests/contract/operations.py", "tests/emulated/contract_server.py"):
             host.put(f"{INSIDE}/{path}", (ROOT / path).read_bytes())
@@ -42,11 +44,15 @@ class RealKernel:
             raise
 
     @contextmanager
-    def process(self, *, pgste: bool = True) -> Iterator[_Process]:
-        """Make a process; where it matters, `pgste` says whether the sysctl was set when its program was started."""
-        if pgste not in self._ports:
-            self._ports[pgste] = self._serve(pgste)
-        with socket.create_connection(("127.0.0.1", self._ports[pgste]), SECONDS) as connection:
+    def process(self, *, pgste: bool = True, launcher: bool = False) -> Iterator[_Process]:
+        """Make a process; where it matters, `pgste` says whether the sysctl was set when its program was started.
+
+        With `launcher` it was skeyd's own launcher that started it.
+        """
+        how = pgste, launcher
+        if how not in self._ports:
+            self._ports[how] = self._serve(pgste, launcher)
+        with socket.create_connection(("127.0.0.1", self._ports[how]), SECONDS) as connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             yield _Process(connection, self._log)
 
@@ -74,19 +80,24 @@ class RealKernel:
     def _set_pgste(self, value: str) -> None:
         self._host.run(["sh", "-c", f"echo {value} >{PGSTE}"])
 
-    def _serve(self, pgste: bool) -> int:
-        ready, log = f"{INSIDE}/ready-{pgste}", f"{INSIDE}/log"
+    def _serve(self, pgste: bool, launcher: bool) -> int:
+        port, log = PORTS[pgste, launcher], f"{INSIDE}/log"
+        ready = f"{INSIDE}/ready-{port}"
+        through = []
+        if launcher:
+            through.append(f"{INSIDE}/{LAUNCHER}")
+            self._host.put(through[0], compiled(ROOT / f"{LAUNCHER}.c", "-Wl,--s390-pgste"), mode=0o755)
         self._host.run(["sh", "-c", f"rm -f {ready}; mkfifo {ready}"])
         with self.allocate_pgste(pgste):
             server = self._host.start(
-                ["python3", "-m", "tests.emulated.contract_server", str(PORTS[pgste]), ready],
+                [*through, "python3", "-m", "tests.emulated.contract_server", str(port), ready],
                 env={"PYTHONPATH": INSIDE},
                 cwd=INSIDE,
                 stdout_path=log,
             )
             self._resources.callback(server.close)
             assert self._host.get(ready) == b"ready", self._log()  # waits: it is a fifo
-        return self._host.forward(PORTS[pgste])
+        return self._host.forward(port)
 
     def _log(self) -> str:
         return self._host.get(f"{INSIDE}/log").decode(errors="replace")[-4000:]

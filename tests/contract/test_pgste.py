@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 
 from skeyd.kvm import abi
-from tests.contract.kernels import real_since_7_0, real_up_to_6_19
+from tests.contract.kernels import every_real_kernel, real_since_7_0, real_up_to_6_19
 from tests.contract.operations import DONE, Answer, Capability, Create
 from tests.contract.real import RealKernel
 from tests.contract.subject import slots
@@ -23,6 +23,31 @@ def test_up_to_6_19_a_process_without_pgste_can_create_no_vm(real: RealKernel) -
 def test_up_to_6_19_setting_the_sysctl_later_helps_no_process_that_runs(real: RealKernel) -> None:
     with real.process(pgste=False) as process, real.allocate_pgste(True):
         assert process.play(CREATE) == [Answer.refused(errno.EINVAL)]
+
+
+@real_up_to_6_19
+def test_up_to_6_19_setting_the_sysctl_later_helps_what_such_a_process_execs(real: RealKernel) -> None:
+    # As the daemon its workers: it need not be started anew.
+    with real.process(pgste=False) as process, real.allocate_pgste(True):
+        assert process.play(CREATE) == [Answer.refused(errno.EINVAL)]
+        assert process.play(where="exec") == []
+        assert process.play(CREATE) == [DONE]
+
+
+@real_up_to_6_19
+def test_up_to_6_19_exec_alone_helps_nobody(real: RealKernel) -> None:
+    with real.process(pgste=False) as process, real.allocate_pgste(False):
+        assert process.play(where="exec") == []
+        assert process.play(CREATE) == [Answer.refused(errno.EINVAL)]
+
+
+@every_real_kernel
+def test_what_a_launcher_execs_needs_no_sysctl_and_neither_do_its_forks_and_what_they_exec(real: RealKernel) -> None:
+    # The server was exec'ed by the launcher; the process is a fork of it, and then becomes a plain python3.
+    with real.allocate_pgste(False), real.process(pgste=False, launcher=True) as process:
+        assert process.play(CREATE) == [DONE]
+        assert process.play(Capability(abi.KVM_CAP_S390_SKEYS), where="exec") == [Answer.refused(errno.EIO)]
+        assert process.play(CREATE) == [DONE]
 
 
 @real_up_to_6_19

@@ -20,14 +20,9 @@ FLAGS = ("-std=c11", "-O2", "-Wall", "-Wextra", "-Wpedantic", "-Werror")
 def compiled(source: Path, *flags: str) -> bytes:
     """Compile one file with FLAGS and others into an s390x program, to `put` on a host.
 
-    Without the compiler the test is skipped, or fails where the emulated host is required.
     A program that the compiler refuses, or warns of, fails the test with what it said.
     """
-    if shutil.which(PROGRAM) is None:
-        reason = f"This needs a compiler for s390x: apt-get install -y --no-install-recommends {PACKAGES}"
-        if is_required():
-            pytest.fail(reason, pytrace=False)
-        pytest.skip(f"{reason} ({REQUIRE}=1 makes this a failure)")
+    require_compiler()
     with tempfile.TemporaryDirectory() as directory:
         program = Path(directory) / source.stem
         done = subprocess.run(
@@ -39,3 +34,12 @@ def compiled(source: Path, *flags: str) -> bytes:
         )
         assert done.returncode == 0, done.stdout
         return program.read_bytes()
+
+
+def require_compiler() -> None:
+    """Skip the test where there is no compiler, or fail it where the emulated host is required."""
+    if shutil.which(PROGRAM) is None:
+        reason = f"This needs a compiler for s390x: apt-get install -y --no-install-recommends {PACKAGES}"
+        if is_required():
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(f"{reason} ({REQUIRE}=1 makes this a failure)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,13 +38,16 @@ class DaemonInside:
         """Copy skeyd into the host."""
         host.put_tree(ROOT / "skeyd", f"{INSIDE}/skeyd")
 
-    def start(self) -> None:
-        """Start it; `connect` waits until it serves."""
+    def start(self, *arguments: str, through: Sequence[str] = ()) -> None:
+        """Start it, with these arguments too, as those of another program where one is given.
+
+        `connect` waits until it serves.
+        """
         self._host.run(["mkdir", "-p", MEMORY_DIR])
         self._process = self._host.start(
             [
-                *("python3", "-m", "skeyd.server", "--runtime-dir", self._runtime_dir),
-                *("--insecure-tcp", f"127.0.0.1:{self._port}", "--memory-dir", MEMORY_DIR),
+                *(*through, "python3", "-m", "skeyd.server", "--runtime-dir", self._runtime_dir),
+                *("--insecure-tcp", f"127.0.0.1:{self._port}", "--memory-dir", MEMORY_DIR, *arguments),
             ],
             env={"PYTHONPATH": INSIDE},
             stdout_path=self._log,

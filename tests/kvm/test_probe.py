@@ -180,6 +180,29 @@ def test_the_sysctl_is_told_and_never_decides(
     assert pgste.answer is isinstance(create, FakeVm)
 
 
+@pytest.mark.parametrize(
+    ("content", "detail"),
+    [
+        (
+            "0\n",
+            "a VM can be created; vm.allocate_pgste is 0, "
+            "so this process has its page tables from its launcher or from the daemon",
+        ),
+        ("1\n", "a VM can be created; vm.allocate_pgste is 1"),
+        (None, "a VM can be created; vm.allocate_pgste is not there (Linux 7.0 and later need none)"),
+    ],
+)
+def test_a_yes_says_where_the_page_tables_come_from(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str | None, detail: str
+) -> None:
+    sysctl = tmp_path / "allocate_pgste"
+    if content is not None:
+        sysctl.write_text(content)
+    monkeypatch.setattr(probe, "SYSCTL_PGSTE", str(sysctl))
+    pgste = _by_name(probe_host(_opens(FakeKvm(create=FakeVm()))))["pgste"]
+    assert (pgste.answer, pgste.detail, pgste.remedy) == (True, detail, "")
+
+
 def test_a_sysctl_that_cannot_be_read_is_said_to_be_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(probe, "SYSCTL_PGSTE", str(tmp_path))
     assert "unreadable (Is a directory)" in _by_name(probe_host(_opens(FakeKvm(create=FakeVm()))))["pgste"].detail

@@ -1,0 +1,275 @@
+"""Ways to break the simulation, each in one rule, and the test of the contract that must catch it.
+
+tests/contract/test_mutations.py breaks it so. `old` is found exactly once in skeyd/worker/simulated.py; where it isn't
+any more, the rule has moved, and so must the mutation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One rule broken."""
+
+    rule: str
+    """As it is broken."""
+    old: str
+    new: str
+    caught_by: str
+    """FILE::TEST in tests/contract."""
+
+
+MUTATIONS: Final = (
+    Mutation(
+        "GET looks at the count before it looks whether keys are used",
+        """        if not self._process.uses_keys:
+            return False  # whatever count and start are
+        self._check_count(_GET, buffer)
+""",
+        """        self._check_count(_GET, buffer)
+        if not self._process.uses_keys:
+            return False
+""",
+        "test_get.py::test_a_keyless_guest_answers_1_whatever_was_asked_for",
+    ),
+    Mutation(
+        "a count of 0 is taken",
+        "if not 1 <= buffer.nbytes <=",
+        "if not 0 <= buffer.nbytes <=",
+        "test_get.py::test_a_count_outside_1_to_max_is_einval_before_any_frame_is_looked_at",
+    ),
+    Mutation(
+        "a count over MAX is taken",
+        "<= abi.KVM_S390_SKEYS_MAX:",
+        "<= abi.KVM_S390_SKEYS_MAX + 1:",
+        "test_set.py::test_a_count_outside_1_to_max_is_einval_and_enables_nothing",
+    ),
+    Mutation(
+        "MAX itself is refused",
+        "<= abi.KVM_S390_SKEYS_MAX:",
+        "< abi.KVM_S390_SKEYS_MAX:",
+        "test_set.py::test_as_many_keys_as_max_are_set_in_one_call",
+    ),
+    Mutation(
+        "a SET with a bad count enables keys",
+        """        self._check_count(_SET, buffer)
+        keys = bytes(buffer)
+        self._process.enable()  # even if it then fails
+""",
+        """        self._process.enable()
+        self._check_count(_SET, buffer)
+        keys = bytes(buffer)
+""",
+        "test_set.py::test_a_count_outside_1_to_max_is_einval_and_enables_nothing",
+    ),
+    Mutation(
+        "a SET that fails enables nothing",
+        """        self._process.enable()  # even if it then fails
+        parts, reached = self._parts(start_gfn, len(keys))
+""",
+        """        parts, reached = self._parts(start_gfn, len(keys))
+        if reached == len(keys) and first_reserved(keys) is None:
+            self._process.enable()
+""",
+        "test_set.py::test_a_set_that_fails_on_a_hole_or_on_a_reserved_bit_enables_keys_all_the_same",
+    ),
+    Mutation(
+        "GET gives the keys before a hole",
+        """        if reached < buffer.nbytes:
+            raise self._hole(_GET)
+        for slot, first, at, count in parts:
+            buffer[at : at + count] = slot.keys[first : first + count]
+""",
+        """        for slot, first, at, count in parts:
+            buffer[at : at + count] = slot.keys[first : first + count]
+        if reached < buffer.nbytes:
+            raise self._hole(_GET)
+""",
+        "test_get.py::test_a_frame_in_no_slot_fails_the_whole_call_and_the_buffer_is_left_alone",
+    ),
+    Mutation(
+        "SET applies nothing where a hole follows",
+        "        for slot, first, at, count in parts:\n            if at < stop:",
+        "        for slot, first, at, count in parts:\n            if at < stop and reached == len(keys):",
+        "test_set.py::test_the_keys_before_a_hole_stay_set_and_those_after_it_are_not",
+    ),
+    Mutation(
+        "SET goes on behind a hole",
+        "if at < count and slot.frames.start <= gfn < slot.frames.end:",
+        "if at < count and gfn < slot.frames.end and (at := max(at, slot.frames.start - start_gfn)) < count:",
+        "test_set.py::test_the_keys_before_a_hole_stay_set_and_those_after_it_are_not",
+    ),
+    Mutation(
+        "up to 6.19 reserved bits are looked for before anything is set",
+        "        checks_keys_first=False,\n",
+        "        checks_keys_first=True,\n",
+        "test_set.py::test_up_to_6_19_the_keys_before_a_reserved_bit_stay_set",
+    ),
+    Mutation(
+        "since 7.2 the keys before a reserved bit stay set",
+        '"7.2", loses_keys=False, checks_keys_first=True',
+        '"7.2", loses_keys=False, checks_keys_first=False',
+        "test_set.py::test_since_7_0_a_reserved_bit_anywhere_sets_nothing",
+    ),
+    Mutation(
+        "up to 6.19 a reserved bit wins over a hole at the same frame",
+        "raise self._hole(_SET) if stop == reached else",
+        "raise self._hole(_SET) if stop != bad else",
+        "test_set.py::test_up_to_6_19_what_comes_first_stops_it",
+    ),
+    Mutation(
+        "7.0 says EFAULT for a hole",
+        "        hole_returns=abi.PGM_ADDRESSING,",
+        "        hole_returns=None,",
+        "test_set.py::test_a_frame_in_no_slot_fails_the_call",
+    ),
+    Mutation(
+        "up to 6.19 no key is lost",
+        "        loses_keys=True,\n",
+        "        loses_keys=False,\n",
+        "test_lost_keys.py::test_up_to_6_19_one_key_of_each_untouched_segment_is_lost_and_the_answer_is_0",
+    ),
+    Mutation(
+        "7.2 loses keys",
+        '"7.2", loses_keys=False,',
+        '"7.2", loses_keys=True,',
+        "test_lost_keys.py::test_since_7_0_no_key_is_lost",
+    ),
+    Mutation(
+        "it is the first key of a segment that is lost, zero or not",
+        'zeros = len(part) - len(part.lstrip(b"\\0"))',
+        "zeros = 0",
+        "test_lost_keys.py::test_up_to_6_19_it_is_the_first_key_that_is_not_0_wherever_in_the_segment",
+    ),
+    Mutation(
+        "a zero key makes a page table",
+        """                if zeros < len(part):
+                    slot.has_page_table[segment] = 1
+""",
+        """                slot.has_page_table[segment] = 1
+                if zeros < len(part):
+""",
+        "test_lost_keys.py::test_up_to_6_19_a_zero_key_makes_no_page_table_and_so_saves_no_other",
+    ),
+    Mutation(
+        "a lost key makes no page table",
+        """                if zeros < len(part):
+                    slot.has_page_table[segment] = 1
+""",
+        """                if zeros < len(part):
+""",
+        "test_lost_keys.py::test_up_to_6_19_a_second_set_of_the_same_keys_loses_none",
+    ),
+    Mutation(
+        "segments are counted from the call's first frame",
+        "here = min(len(keys) - at, (segment + 1) * SEGMENT_FRAMES - first - at)",
+        "here = min(len(keys) - at, SEGMENT_FRAMES)",
+        "test_lost_keys.py::test_up_to_6_19_segments_are_those_of_the_guest_and_not_of_the_call",
+    ),
+    Mutation(
+        "touching memory makes no page table",
+        "        slot.has_page_table[segment] = 1\n        if self._process",
+        "        if self._process",
+        "test_lost_keys.py::test_up_to_6_19_a_segment_of_which_any_frame_was_touched_loses_none",
+    ),
+    Mutation(
+        "a write sets C only",
+        "|= REFERENCED | CHANGED if write else REFERENCED",
+        "|= CHANGED if write else REFERENCED",
+        "test_drift.py::test_up_to_6_19_a_read_sets_r_and_a_write_sets_r_and_c",
+    ),
+    Mutation(
+        "a read sets C too",
+        "|= REFERENCED | CHANGED if write else REFERENCED",
+        "|= REFERENCED | CHANGED",
+        "test_drift.py::test_up_to_6_19_a_read_sets_r_and_a_write_sets_r_and_c",
+    ),
+    Mutation(
+        "an access enables keys",
+        "        segment = frame // SEGMENT_FRAMES\n        slot",
+        "        segment = frame // SEGMENT_FRAMES\n        self._process.enable()\n        slot",
+        "test_drift.py::test_an_access_enables_nothing",
+    ),
+    Mutation(
+        "on 7.2 the host's accesses change keys",
+        '"7.2", loses_keys=False, checks_keys_first=True, hole_returns=None, host_page_tables=False',
+        '"7.2", loses_keys=False, checks_keys_first=True, hole_returns=None, host_page_tables=True',
+        "test_drift.py::test_since_7_0_no_access_of_the_host_changes_a_key",
+    ),
+    Mutation(
+        "enabling keys leaves R and C of touched segments alone",
+        "bytes([REFERENCED | CHANGED]) * SEGMENT_FRAMES",
+        "bytes(SEGMENT_FRAMES)",
+        "test_drift.py::test_up_to_6_19_enabling_gives_r_and_c_to_every_frame_of_a_touched_segment",
+    ),
+    Mutation(
+        "up to 6.19 whether keys are used is each VM's own",
+        "self._process = process if process and self._rules.host_page_tables else SimulatedProcess()",
+        "self._process = SimulatedProcess()",
+        "test_keyedness.py::test_up_to_6_19_one_set_enables_keys_for_all_vms_of_the_process",
+    ),
+    Mutation(
+        "since 7.0 whether keys are used is the process's",
+        "self._process = process if process and self._rules.host_page_tables else SimulatedProcess()",
+        "self._process = process or SimulatedProcess()",
+        "test_keyedness.py::test_since_7_0_a_set_enables_keys_for_its_own_vm_only",
+    ),
+    Mutation(
+        "a VM made later is keyless",
+        "        self._process.slots.extend(self._slots)\n",
+        "        self._process.slots.extend(self._slots)\n        self._process.uses_keys = False\n",
+        "test_keyedness.py::test_up_to_6_19_a_vm_made_later_uses_keys_from_its_beginning_even_when_the_first_is_gone",
+    ),
+    Mutation(
+        "4.19 has KEYOP",
+        "        has_keyop=False,\n",
+        "        has_keyop=True,\n",
+        "test_keyop.py::test_up_to_6_19_it_is_not_there_and_the_capability_says_so",
+    ),
+    Mutation(
+        "KEYOP looks at the frame before it looks at the operation",
+        """            raise KvmError(_KEYOP, errno.EINVAL)
+        parts, _ = self._parts(gfn, 1)
+        if not parts:
+""",
+        """            parts = []
+        else:
+            parts, _ = self._parts(gfn, 1)
+        if not parts:
+""",
+        "test_keyop.py::test_an_operation_that_is_none_is_einval_wherever",
+    ),
+    Mutation(
+        "SSKE keeps the reserved bit",
+        "slot.keys[frame] = key & ~RESERVED",
+        "slot.keys[frame] = key",
+        "test_keyop.py::test_sske_drops_the_reserved_bit_where_set_refuses_it",
+    ),
+    Mutation(
+        "RRBE gives the whole key",
+        "return old & (REFERENCED | CHANGED)",
+        "return old",
+        "test_keyop.py::test_rrbe_gives_the_old_r_and_c_and_takes_r_away",
+    ),
+    Mutation(
+        "KEYOP enables keys",
+        "            slot.set_keyless.add(frame)\n",
+        "            self._process.enable()\n",
+        "test_keyop.py::test_it_works_on_a_keyless_guest_and_enables_nothing",
+    ),
+    Mutation(
+        "what KEYOP set for a keyless guest outlives the enabling",
+        "            self.keys[frame] = 0\n",
+        "            pass\n",
+        "test_keyop.py::test_a_key_that_sske_gave_a_keyless_guest_is_gone_once_keys_are_enabled",
+    ),
+    Mutation(
+        "7.0 refuses KEYOP in a hole",
+        "        leaked = self._rules.hole_returns\n        if leaked is None:",
+        "        leaked = self._rules.hole_returns\n        if leaked is None or leaked:",
+        "test_keyop.py::test_7_0_takes_the_number_of_an_interruption_for_the_key_of_a_frame_in_no_slot",
+    ),
+)
