@@ -42,6 +42,9 @@ class FakeVm(Vm):
     def set_skeys(self, start_gfn: int, buffer: memoryview) -> None:
         self.calls.append(("set", start_gfn, buffer))
 
+    def keyop(self, operation: int, gfn: int, key: int = 0) -> int:
+        return operation << 16 | gfn << 8 | key
+
     def close(self) -> None:
         if self.mapped_at_close is None:
             self.mapped_at_close = sum(mapped_bytes(start, start + size) for _, _, start, size in self.slots)
@@ -51,15 +54,23 @@ class FakeKvm(Kvm):
     """A host with the storage-key calls; what goes wrong is given."""
 
     def __init__(
-        self, *, skeys: int | KvmError = 1, create: KvmError | None = None, refuses: dict[int, int] | None = None
+        self,
+        *,
+        skeys: int | KvmError = 1,
+        keyop: int = 0,
+        create: KvmError | None = None,
+        refuses: dict[int, int] | None = None,
     ) -> None:
         self.skeys = skeys
+        self.keyop = keyop
         self.create = create
         self.vm = FakeVm(refuses or {})
         self.closed = False
         self.created = False
 
     def check_extension(self, capability: int) -> int:
+        if capability == abi.KVM_CAP_S390_KEYOP:
+            return self.keyop
         assert capability == abi.KVM_CAP_S390_SKEYS
         if isinstance(self.skeys, KvmError):
             raise self.skeys
@@ -148,6 +159,14 @@ def test_the_two_calls_go_to_the_vm_as_they_are() -> None:
     assert vm.get_skeys(3, buffer)
     vm.set_skeys(4, buffer)
     assert kvm.vm.calls == [("get", 3, buffer), ("set", 4, buffer)]
+    vm.close()
+
+
+@pytest.mark.parametrize("capability", [0, 1])
+def test_whether_there_is_keyop_is_what_the_kernel_says(capability: int) -> None:
+    vm = OwnedVm(owned(*SLOTS), _opens(FakeKvm(keyop=capability)))
+    assert vm.has_keyop is bool(capability)
+    assert vm.keyop(3, 0x10, 0x38) == 3 << 16 | 0x10 << 8 | 0x38
     vm.close()
 
 

@@ -106,6 +106,7 @@ def test_a_worker_says_who_it_is_to_everybody_who_connects(start: Start) -> None
         "protocol": 1,
         "id": "web",
         "uid": UID,
+        "keyop": False,
         "kind": "simulated",
         "kernel": "simulated Linux 4.19 to 6.19",
         "version": skeyd.__version__,

@@ -81,6 +81,7 @@ BAD: dict[str, dict[tuple[str | int, ...], list[Any]]] = {
         ("id",): [*NO_TEXT, *BAD_ID],
         ("uid",): [*NO_TEXT, *BAD_UID],
         ("incarnation",): [*NO_TEXT, "", "0" * 31, "0" * 33, "G" * 32, "A" * 32, "0" * 32 + "\n"],
+        ("keyop",): [0, 1, 1.5, "true", [], {}],
         ("kind",): [*NO_TEXT, *BAD_KIND],
         ("kernel",): [*NO_TEXT, LONG],
         ("version",): [*NO_TEXT, LONG],
@@ -175,6 +176,7 @@ def test_a_spec_arrives_as_it_was_written(spec: Spec) -> None:
             _frames,
             st.sampled_from(protocol.BACKINGS),
         ).map(lambda one: (one,)),
+        keyop=st.booleans(),
     )
 )
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -201,13 +203,21 @@ def _refusal(read: Callable[[Fields], object], message: dict[str, Any]) -> str |
     return None
 
 
-@every_field
+@pytest.mark.parametrize(
+    ("kind", "place"), [*_places("spec"), *(one for one in _places("hello") if one.values[1] != ("keyop",))]
+)
 def test_a_field_that_is_missing_is_refused_by_name(kind: str, place: tuple[str | int, ...]) -> None:
     good, read = READERS[kind]
     message = copy.deepcopy(good)
     del _holder(message, place)[place[-1]]
     with pytest.raises(ProtocolError, match=str(place[-1])):
         read(_over_the_wire(message))
+
+
+def test_a_worker_from_before_there_was_keyop_doesnt_say_whether_it_has_it() -> None:
+    old = HELLO.to_message()
+    del old["keyop"]
+    assert not Hello.from_message(_over_the_wire(old)).keyop
 
 
 @pytest.mark.parametrize("kind", READERS)
