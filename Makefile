@@ -40,13 +40,21 @@ demo-s390x: $(READY) ## The main job, on a real s390x kernel in the emulated hos
 
 .PHONY: test
 test: lint proto-check ## Everything that checks the project
-	$(BIN)/python -m tests.emulated.prepare
-	$(BIN)/pytest
+	# The images of the emulated hosts are built, where they aren't, beside the tests that need none.
+	@$(BIN)/python -m tests.emulated.prepare & prepare=$$!; \
+	$(BIN)/pytest -m "not emulated" || { kill $$prepare 2>/dev/null; wait $$prepare; exit 1; }; \
+	wait $$prepare
+	$(BIN)/pytest -m emulated
 
 .PHONY: test-kernels
 test-kernels: $(READY) ## The contract on Linux 6.1, 6.12 and 7.x, with 1,000 random histories each
 	$(BIN)/python -m tests.emulated.prepare bookworm trixie forky
 	SKEYD_EMULATED_SUITES="bookworm trixie forky" SKEYD_HISTORIES=1000 $(BIN)/pytest tests/contract -o timeout=0
+
+.PHONY: test-big-endian
+test-big-endian: $(READY) ## All unit tests on all three emulated hosts, where `make test` runs a share on each
+	$(BIN)/python -m tests.emulated.prepare bookworm trixie forky
+	SKEYD_EMULATED_SUITES="bookworm trixie forky" SKEYD_ALL_UNIT_TESTS=1 $(BIN)/pytest tests/emulated/test_unit_suite.py
 
 .PHONY: benchmark
 benchmark: $(READY) ## What verified SETs cost, as ratios, on a real s390x kernel in the emulated host
@@ -90,8 +98,8 @@ docs: $(READY) ## Make the pages that are generated
 	$(BIN)/python tools/make_docs.py
 
 .PHONY: emulated-host
-emulated-host: $(READY) ## Build the emulated s390x host, if it isn't cached (needs root and Debian packages)
-	$(BIN)/python -m tests.emulated.image bookworm
+emulated-host: $(READY) ## Build the emulated s390x hosts that aren't cached (needs root and Debian packages)
+	SKEYD_REQUIRE_EMULATED=1 $(BIN)/python -m tests.emulated.prepare bookworm trixie forky
 
 .PHONY: clean
 clean: ## Remove what the targets made here (not the cache of emulated hosts)

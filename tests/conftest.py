@@ -9,8 +9,27 @@ from pathlib import Path
 
 import pytest
 
+from tests import examples
 from tests.daemon import DaemonProcess
 from tests.processes import adopt_orphans, children, end
+
+# Before the tests are imported, whose decorators ask for it; `--hypothesis-profile` chooses.
+examples.register()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Take --share."""
+    parser.addoption("--share", metavar="I/N", default="1/1", help="run every Nth of the tests, from the Ith on")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests of others' shares. All shares together are all tests, each once."""
+    which, of = map(int, config.getoption("share").split("/"))
+    others = [item for number, item in enumerate(items) if number % of != which - 1]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = items[which - 1 :: of]
 
 
 def pytest_configure() -> None:

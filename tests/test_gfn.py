@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange, MemoryMap, MemorySlot, Ranges
+from tests.examples import examples
 
 LIMIT = 1 << 64
 
@@ -82,7 +83,7 @@ def test_negative_numbers_make_no_range(start: int, count: int) -> None:
 
 
 @given(_ascending())
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(80), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_ascending_ranges_are_a_sequence_of_just_those(ranges: list[GfnRange]) -> None:
     several = Ranges(iter(ranges))
 
@@ -118,7 +119,7 @@ def test_ranges_may_touch_and_stay_apart() -> None:
 
 
 @given(_ranges_and_wanted())
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(80), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_the_range_that_holds_a_frame_is_found_and_no_other(given_: tuple[list[GfnRange], GfnRange]) -> None:
     ranges, wanted = given_
     several = Ranges(ranges)
@@ -128,7 +129,7 @@ def test_the_range_that_holds_a_frame_is_found_and_no_other(given_: tuple[list[G
 
 
 @given(_ranges_and_wanted())
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(120), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_split_is_what_looking_at_every_frame_finds(given_: tuple[list[GfnRange], GfnRange]) -> None:
     ranges, wanted = given_
 
@@ -179,7 +180,7 @@ def test_slots_that_overlap_make_no_memory_map() -> None:
 
 
 @given(_ranges_and_wanted(least=1))
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(120), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_the_first_frame_without_memory_is_the_one_that_is_named(given_: tuple[list[GfnRange], GfnRange]) -> None:
     slots, wanted = given_
     memory = _map(*((one.start, one.count) for one in slots))
@@ -196,7 +197,7 @@ def test_the_first_frame_without_memory_is_the_one_that_is_named(given_: tuple[l
 
 
 @given(_ranges_and_wanted(least=1))
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(120), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_range_with_mapped_ends_may_have_holes_and_one_without_is_refused(
     given_: tuple[list[GfnRange], GfnRange],
 ) -> None:
@@ -214,7 +215,7 @@ def test_a_range_with_mapped_ends_may_have_holes_and_one_without_is_refused(
 
 
 @given(_ascending(least=1))
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(80), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_the_span_reaches_from_the_first_frame_to_the_last(slots: list[GfnRange]) -> None:
     span = _map(*((one.start, one.count) for one in slots)).span()
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from skeyd import storage_key
 from skeyd.storage_key import StorageKey, differing_runs, first_reserved, lost_runs, runs_of_equal
+from tests.examples import examples
 
 # Few values and long runs: neighbours that are equal are what the run functions are about.
 _KEYS = st.lists(st.tuples(st.sampled_from([0x00, 0x02, 0x06, 0x08, 0x0A, 0xF0, 0xFE]), st.integers(1, 300))).map(
@@ -64,7 +65,7 @@ def test_the_masks_cover_the_byte_once() -> None:
 
 
 @given(st.binary(max_size=600), st.booleans())
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(80), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_the_first_reserved_bit_is_found_wherever_it_is(keys: bytes, as_bytearray: bool) -> None:
     found = first_reserved(bytearray(keys) if as_bytearray else keys)
 
@@ -72,7 +73,7 @@ def test_the_first_reserved_bit_is_found_wherever_it_is(keys: bytes, as_bytearra
 
 
 @given(_KEYS, st.integers(0, 2000), st.integers(0, 255).filter(lambda key: key % 2 == 1))
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(80), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_one_reserved_bit_among_many_good_keys_is_found(keys: bytes, at: int, bad: int) -> None:
     at = min(at, len(keys))
     assert first_reserved(keys) is None
@@ -117,7 +118,7 @@ def _compared(test: Callable[[bytes, Changes], None]) -> Callable[[], None]:
         [(0, 600, 0xF8)],
     ):
         test = example(bytes(600), changes)(test)
-    return settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])(
+    return settings(max_examples=examples(80), deadline=None, suppress_health_check=[HealthCheck.too_slow])(
         given(_KEYS, _changes)(test)
     )
 
@@ -145,7 +146,7 @@ def test_lost_runs_are_what_a_comparison_key_by_key_finds(keys: bytes, changes: 
 
 
 @given(_KEYS)
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(50), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_keys_that_differ_in_referenced_and_changed_only_are_the_same(keys: bytes) -> None:
     assert differing_runs(keys, bytes(key ^ 0x06 for key in keys)) == []
 
@@ -167,7 +168,7 @@ def test_arrays_of_different_length_are_not_compared(
 
 @given(_KEYS | st.binary(max_size=300))
 @example(b"\n\n\n\0\n")  # a regular expression's dot stops at 0x0a unless told otherwise
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(80), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_runs_of_equal_keys_join_back_to_the_keys_and_are_as_long_as_can_be(keys: bytes) -> None:
     runs = runs_of_equal(keys)
 

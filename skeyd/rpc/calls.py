@@ -121,6 +121,10 @@ class CallInterceptor(grpc.ServerInterceptor):
         return behaviour
 
 
+class _GivenUp(Exception):  # noqa: N818 (says what happened)
+    pass
+
+
 class _Call:
     def __init__(
         self,
@@ -175,7 +179,7 @@ class _Call:
             self.end(code, level, reason=error.reason.name, error=error.message, **more)
             if self._context.is_active():
                 status.abort(self._context, error)
-        elif not self._context.is_active():
+        elif isinstance(error, _GivenUp) or not self._context.is_active():
             self.end("CANCELLED")
         elif type(error) is Exception and not error.args and (own := _aborted_with(self._context)):
             # What context.abort raises: a status that one of gRPC's own services prescribes.
@@ -192,6 +196,9 @@ class _Call:
             with self.patient(seconds):
                 message = next(messages, None)
             if message is None:
+                if "stalled" in self._notes:
+                    # grpc may tell of the messages' end before it tells of the cancellation that was its cause.
+                    raise _GivenUp
                 return
             seconds = limits.IDLE_SECONDS
             try:

@@ -79,11 +79,15 @@ def _file_by_name(pool: DescriptorPool, name: str) -> FileDescriptor:
 
 def _file_of_symbol(pool: DescriptorPool, name: str) -> FileDescriptor:
     try:
-        return pool.FindFileContainingSymbol(name)
+        file = pool.FindFileContainingSymbol(name)
     except KeyError:
         # protobuf's own pools know no methods by their full names, and the contract of reflection does
         service, _, method = name.rpartition(".")
         return pool.FindServiceByName(service).methods_by_name[method].containing_service.file
+    if f"{file.package}.".startswith(f"{name}."):
+        # protobuf in C++, Debian's, takes a package for a symbol too, and answers with any one of its files
+        raise KeyError(name)
+    return file
 
 
 def _with_imports(file: FileDescriptor) -> list[FileDescriptor]:

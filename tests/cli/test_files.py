@@ -19,6 +19,7 @@ from skeyd.v1 import storage_key_service_pb2 as pb
 from tests.cli.running import NOBODY, Done, names_in, skeyctl, skeyctl_process
 from tests.client.lying_daemon import LyingDaemon, chunk, gap, header, trailer
 from tests.daemon import DaemonProcess
+from tests.examples import examples
 from tests.rpc.fixtures import NewVm
 from tests.rpc.stubs import Stubs, some_keys
 
@@ -158,7 +159,7 @@ def test_a_file_that_is_cut_off_anywhere_sets_nothing(
     assert stubs.get(holed).keys == some_keys(FRAMES, 1) + some_keys(FRAMES, 2)
 
 
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=examples(100), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_file_with_any_bit_flipped_is_refused_before_any_daemon_is_asked(whole: Path, data: st.DataObject) -> None:
     good = whole.read_bytes()
@@ -172,7 +173,7 @@ def test_a_file_with_any_bit_flipped_is_refused_before_any_daemon_is_asked(whole
     assert done.error["reason"] == "DAMAGED"
 
 
-@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=examples(50), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=300))
 @example(b"")
 @example(b"\x89SKEYS\n\x1a")

@@ -14,6 +14,7 @@ from skeyd.limits import DEFAULT_CHUNK_KEYS
 from skeyd.v1 import vm_pb2
 from tests.cli.running import NOBODY, Done, skeyctl
 from tests.daemon import DaemonProcess
+from tests.examples import examples
 from tests.rpc.fixtures import NewVm
 from tests.rpc.stubs import Stubs
 
@@ -143,7 +144,7 @@ def test_runs_join_only_frames_that_follow_one_another(keys: Skeyctl, new_vm: Ne
     assert runs_of(apart) == [(0, 4, 0x10), (5, 5, 0x10), (11, 1, 0x10)]
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=examples(25), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(
         st.tuples(st.integers(0, FRAMES - 1), st.integers(1, FRAMES), st.integers(0, 127).map(lambda key: key * 2)),

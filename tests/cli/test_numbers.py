@@ -14,6 +14,7 @@ from skeyd.cli.options import RANGE, number_of, size_of
 from skeyd.gfn import GfnRange
 from skeyd.storage_key import GFN_LIMIT
 from tests.cli.running import NOBODY, skeyctl
+from tests.examples import examples
 
 WRITINGS: list[Callable[[int], str]] = [
     str,
@@ -81,7 +82,7 @@ def test_a_range_as_skeyctl_prints_it_can_be_given_back_to_it(first: int, data: 
     assert convert(str(frames)) == frames
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=examples(500))
 @given(absurd)
 def test_whatever_else_is_written_is_refused_as_a_bad_parameter(text: str) -> None:
     number = r"0[xX][0-9a-fA-F]+|0|[1-9][0-9]*"
@@ -121,7 +122,7 @@ def test_a_size_is_a_number_and_perhaps_a_unit(number: int, write: Callable[[int
     assert size_of(write(number) + unit) == number * units[unit.lower()]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=examples(300))
 @given(absurd)
 def test_whatever_else_is_no_size(text: str) -> None:
     found = re.fullmatch(r"(?:0[xX][0-9a-fA-F]+|0|[1-9][0-9]*)[kmgtKMGT]?", text)

@@ -21,6 +21,7 @@ from skeyd.client.snapshot import MAGIC
 from skeyd.gfn import GfnRange
 from skeyd.v1 import storage_key_service_pb2 as pb
 from tests.client.lying_daemon import chunk, gap, header, trailer
+from tests.examples import examples
 from tests.rpc.stubs import some_keys
 
 ONE, TWO = some_keys(4, 1), some_keys(2, 2)
@@ -71,7 +72,7 @@ def test_a_guest_without_keys_makes_a_file_without_keys(tmp_path: Path) -> None:
         assert len(snapshot.verify()) == 0
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(50), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_stream_can_be_written_and_read(tmp_path: Path, data: st.DataObject) -> None:
     parts, keys, at = [], b"", data.draw(st.integers(0, 2**63))
@@ -116,7 +117,7 @@ def test_a_file_with_any_byte_changed_is_recognised(path: Path, change: int) -> 
             read(path)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(200), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(begin=st.integers(0, 400), length=st.integers(0, 60), other=st.binary(max_size=60))
 def test_a_file_with_any_stretch_replaced_is_recognised(path: Path, begin: int, length: int, other: bytes) -> None:
     whole = file_of(HEADER, *RECORDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from tests.emulated.fixtures import SUITES
 
 ROOT: Final = Path(__file__).parents[2]
 SIMULATION: Final = "skeyd/worker/simulated.py"
+_seconds = itertools.count(1_000_000_000)
 TESTS_FAILED: Final = 1
 """pytest's exit code; no test found and a file that can't be loaded have others."""
 
@@ -30,10 +32,17 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
+def write(copy: Path, simulation: str) -> None:
+    file = copy / SIMULATION
+    file.write_text(simulation)
+    # Python takes bytecode for that of a file of the same size and the same second; so no two have the same second.
+    second = next(_seconds)
+    os.utime(file, (second, second))
+
+
 def run(copy: Path, test: str) -> subprocess.CompletedProcess[str]:
-    # Without a cache of bytecode: a file may change twice within the second that its time is told in.
-    command = [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/contract/{test}"]
-    environment = {**os.environ, SUITES: "", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/contract/{test}"]
+    environment = {**os.environ, SUITES: ""}
     return subprocess.run(
         command, cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
@@ -43,14 +52,14 @@ def run(copy: Path, test: str) -> subprocess.CompletedProcess[str]:
 def test_a_broken_rule_breaks_the_test_of_its_name(copy: Path, mutation: Mutation) -> None:
     whole = (ROOT / SIMULATION).read_text()
     assert whole.count(mutation.old) == 1, "the rule has moved; move the mutation too"
-    (copy / SIMULATION).write_text(whole.replace(mutation.old, mutation.new))
+    write(copy, whole.replace(mutation.old, mutation.new))
     done = run(copy, mutation.caught_by)
     assert done.returncode == TESTS_FAILED, done.stdout
     assert "AssertionError" in done.stdout or "Failed" in done.stdout, done.stdout
 
 
 def test_the_rules_that_are_whole_break_nothing(copy: Path) -> None:
-    (copy / SIMULATION).write_text((ROOT / SIMULATION).read_text())
+    write(copy, (ROOT / SIMULATION).read_text())
     for file in sorted({mutation.caught_by.partition("::")[0] for mutation in MUTATIONS}):
         done = run(copy, file)
         assert done.returncode == 0, done.stdout

@@ -14,6 +14,7 @@ from skeyd import limits
 from skeyd.v1 import storage_key_service_pb2 as pb
 from skeyd.v1 import vm_pb2
 from tests.daemon import DaemonProcess
+from tests.examples import examples
 from tests.rpc.fixtures import NewVm
 from tests.rpc.stubs import FRAMES_A_MIB, SECONDS, Stubs, new_id, ranges, refused, some_keys
 
@@ -107,7 +108,7 @@ def test_over_tcp_comes_the_same(shared_daemon: DaemonProcess, stubs: Stubs, vm:
         assert over_tcp.get(vm) == stubs.get(vm)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(st.data())
 def test_any_ranges_in_any_chunks_bring_exactly_the_keys_of_their_frames(
     stubs: Stubs, vm: str, data: st.DataObject

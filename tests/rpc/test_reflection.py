@@ -101,6 +101,7 @@ def test_what_comes_is_the_contract_that_the_daemon_was_built_from(reflection: R
         {"file_containing_symbol": "skeyd.v1.Nothing"},
         {"file_containing_symbol": "skeyd.v1.VmService.Nothing"},
         {"file_containing_symbol": "skeyd.v1"},
+        {"file_containing_symbol": "skeyd"},
         {"file_containing_symbol": ""},
         {"file_containing_symbol": "\0"},
         {"file_containing_symbol": "x" * 100_000},

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from skeyd.v1 import storage_key_service_pb2 as pb
 from skeyd.v1 import vm_pb2
+from tests.examples import examples
 from tests.rpc.fixtures import NewVm
 from tests.rpc.stubs import (
     FRAMES_A_MIB,
@@ -94,7 +95,7 @@ def test_frames_beside_the_ranges_keep_their_keys(stubs: Stubs, new_vm: NewVm) -
     assert stubs.get(vm).keys == before[:10] + b"\xf8" + before[11:20] + b"\xf0\xf0" + before[22:]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(kernel=st.sampled_from(GENERATIONS), data=st.data())
 def test_however_it_is_cut_into_ranges_and_chunks_every_key_arrives(
     stubs: Stubs, kernel: vm_pb2.SimulatedKernel.ValueType, data: st.DataObject

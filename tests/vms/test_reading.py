@@ -15,6 +15,7 @@ from skeyd.gfn import GfnRange, Ranges
 from skeyd.vms import reading
 from skeyd.vms.reading import GapRead, KeysRead, check_ranges, pieces, read
 from skeyd.worker.protocol import SLICE_KEYS
+from tests.examples import examples
 from tests.vms.fake_session import FakeSession, key_of
 
 LIMIT = 1 << 64
@@ -153,7 +154,7 @@ def _guests(draw: st.DrawFn) -> tuple[list[tuple[int, int]], list[tuple[int, int
 
 
 @given(_guests(), st.integers(1, 12), st.integers(1, 5))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_every_frame_of_every_range_arrives_once_in_order_with_its_key_or_in_a_gap(
     guest: tuple[list[tuple[int, int]], list[tuple[int, int]]], chunk_keys: int, slice_keys: int
 ) -> None:
@@ -181,7 +182,7 @@ def test_every_frame_of_every_range_arrives_once_in_order_with_its_key_or_in_a_g
 
 
 @given(st.integers(0, LIMIT - 1), st.integers(1, 200), st.integers(1, 50))
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(80), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_pieces_are_as_large_as_they_may_be_and_lie_end_to_end(start: int, count: int, most: int) -> None:
     frames = GfnRange(start, min(count, LIMIT - start))
     cut = list(pieces(frames, most))

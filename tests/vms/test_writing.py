@@ -18,6 +18,7 @@ from skeyd.vms.runtime import RuntimeDirectory
 from skeyd.vms.starter import ChildStarter
 from skeyd.vms.writing import KeyWriting, Progress
 from skeyd.worker.protocol import SLICE_KEYS
+from tests.examples import examples
 from tests.processes import children, end
 from tests.vms.fake_session import FakeSession
 from tests.worker.specs import simulated
@@ -116,7 +117,7 @@ def test_a_chunk_larger_than_a_slice_is_written_in_slices() -> None:
     st.lists(st.integers(1, 9), min_size=1, max_size=6),
     st.integers(1, 5),
 )
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(100), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_every_key_of_every_range_is_written_once_in_order(
     steps: list[tuple[int, int]], sizes: list[int], slice_keys: int
 ) -> None:

@@ -15,6 +15,7 @@ from skeyd.kvm.errors import KvmError
 from skeyd.worker.backend import Backend
 from skeyd.worker.keys import REPAIRS, Keys, Written
 from skeyd.worker.simulated import SimulatedVm
+from tests.examples import examples
 from tests.worker.backends import Changing, Forgetful, Recording, Refusing
 from tests.worker.specs import simulated
 
@@ -46,7 +47,7 @@ _runs = st.lists(
 
 @pytest.mark.parametrize("kernel", ["4.19", "7.0", "7.2"])
 @given(st.lists(st.tuples(st.integers(0, 500), _runs), min_size=1, max_size=4))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_what_was_written_is_what_is_read_whatever_the_kernel_loses(
     kernel: str, writes: list[tuple[int, bytes]]
 ) -> None:

@@ -213,7 +213,9 @@ def test_a_worker_lets_go_of_its_standard_streams_once_it_is_ready(worker: Worke
 def test_a_worker_has_nothing_open_but_its_own(worker: WorkerProcess) -> None:
     with worker.meet():
         links = worker.open_files()
-    own = [link for link in links if not re.fullmatch(r"socket:.*|pipe:.*|anon_inode:\[eventpoll\]|/dev/null", link)]
+    # libffi, which is in ctypes, has itself open since 3.5 on s390x, to map the code of its closures.
+    others = r"socket:.*|pipe:.*|anon_inode:\[eventpoll\]|/dev/null|/.*/libffi\.so\.[0-9.]+"
+    own = [link for link in links if not re.fullmatch(others, link)]
     assert own == [str(worker.directory), str(worker.directory / LOCK)]
     # The listener, the pair that signals go through, this connection; and standard error.
     assert sum(link.startswith("socket:") for link in links) == 4

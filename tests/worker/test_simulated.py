@@ -15,6 +15,7 @@ from skeyd.gfn import GfnRange
 from skeyd.kvm.errors import KvmError
 from skeyd.worker.protocol import MAX_MEMORY, MAX_MEMORY_SLOTS, SIMULATED_KERNELS, SlotSpec, Spec
 from skeyd.worker.simulated import Generation, SimulatedProcess, SimulatedVm
+from tests.examples import examples
 from tests.worker.specs import MIB, UID, simulated
 
 MAX = 1_048_576
@@ -396,7 +397,7 @@ _runs = st.lists(
 
 @every_generation
 @given(st.sampled_from(_LAYOUTS), st.lists(st.tuples(st.integers(0, 5 * SEGMENT + 10), _runs), max_size=5))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_every_sequence_of_sets_ends_as_the_kernels_loops_would_end_it(
     kernel: str, slots: list[tuple[int, int]], calls: list[tuple[int, bytes]]
 ) -> None:

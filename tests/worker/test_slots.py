@@ -12,6 +12,7 @@ from skeyd.kvm import abi
 from skeyd.worker import slots
 from skeyd.worker.protocol import MAX_MEMORY, MAX_MEMORY_SLOTS, SlotSpec
 from skeyd.worker.slots import check_slots, memory_map
+from tests.examples import examples
 from tests.worker.specs import MIB, slot
 
 TOP = 1 << 64
@@ -81,7 +82,7 @@ def test_slots_that_overlap_are_refused_by_number(asked: list[SlotSpec], named: 
 
 
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 4)), min_size=1, max_size=5))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_slots_are_taken_exactly_where_no_mebibyte_is_in_two_of_them(asked: list[tuple[int, int]]) -> None:
     covered = [mib for start, size in asked for mib in range(start, start + size)]
     specs = [slot(*one) for one in asked]

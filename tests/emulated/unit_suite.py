@@ -1,0 +1,177 @@
+"""The unit test suite on an emulated host: what it is made of, what can't run there, and one run of it.
+
+By hand: ``python -m tests.emulated.unit_suite bookworm``
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from tests import examples
+from tests.emulated.fixtures import require_image
+from tests.emulated.host import NOT_NEEDED_INSIDE, EmulatedHost, Process
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+INSIDE: Final = "/srv/unit"
+
+NOT_COPIED: Final = (*NOT_NEEDED_INSIDE, ".?*", "*.egg-info", "build", "dist")
+"""What the tests don't need of the checkout: environments, caches, what was built."""
+
+NOT_THERE: Final = {
+    "tests/rpc/test_reflection.py::test_buf_curl": "buf is made for no s390x, and comes from PyPI",
+    "tests/contract/test_mutations.py": "a test of tests, which says nothing of the machine",
+}
+"""Tests by the beginnings of their names, and why an emulated host can't run them. Everything else runs."""
+
+THEIR_WARNINGS: Final = (
+    # protobuf 4.21 as it is imported by Python 3.12 and later
+    "ignore:datetime.datetime.utcfromtimestamp() is deprecated:DeprecationWarning",
+    "ignore:Type google.protobuf.pyext._message:DeprecationWarning",
+)
+"""Warnings of Debian's libraries about themselves; all others are failures, as everywhere."""
+
+HALF: Final = (
+    "tests/cli",
+    "tests/test_docs.py",
+    "tests/test_logs.py",
+    "tests/test_server.py",
+    "tests/test_standard.py",
+)
+"""What one of the two processes runs, most of it waiting for other processes; the other runs whatever is left."""
+
+CPUS: Final = 2
+TEST_SECONDS: Final = 900
+"""For one test: an answer that comes late on a machine with much else to do is no fault."""
+
+LOOK_SECONDS: Final = 30.0
+
+# Each start of a program would have its code translated again at its random addresses.
+APPEND: Final = "norandmaps"
+
+_VERSIONS: Final = """
+import importlib.metadata, json, platform, sys
+print(json.dumps({
+    "byte order": sys.byteorder,
+    "machine": platform.machine(),
+    "python": platform.python_version(),
+    **{name: importlib.metadata.version(name) for name in ("grpcio", "protobuf", "structlog")},
+}))
+"""
+
+_COUNT = re.compile(r"(\d+) (passed|failed|errors?|skipped|deselected|xfailed|xpassed)\b")
+
+
+@dataclass(frozen=True)
+class Half:
+    """What one of the two pytest processes did."""
+
+    status: int
+    output: str
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many tests, by what became of them, as pytest's last line has it."""
+        lines = self.output.rstrip().splitlines()
+        return {what.rstrip("s"): int(number) for number, what in _COUNT.findall(lines[-1] if lines else "")}
+
+    @property
+    def end(self) -> str:
+        """What it said of failures and at its end."""
+        found = re.search(r"^=+ (FAILURES|ERRORS) =+$", self.output, re.MULTILINE)
+        return self.output[found.start() if found else -4000 :][-60_000:]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run of the suite."""
+
+    versions: dict[str, str]
+    halves: tuple[Half, ...]
+    seconds: float
+
+    def count(self, what: str) -> int:
+        """How many tests passed, were skipped, and so on, in all."""
+        return sum(half.counts.get(what, 0) for half in self.halves)
+
+
+def run(suite: str, seconds: float, say: Callable[[str], None], share: str = "1/1") -> Outcome:
+    """Run the unit suite, or a share of it, on a host of its own, and say now and then how far it is.
+
+    TimeoutError where it takes longer than `seconds` after the boot; carries what was printed by then.
+    """
+    with EmulatedHost(require_image(suite), cpus=CPUS, append=APPEND) as host:
+        install(host)
+        versions: dict[str, str] = json.loads(host.run(["python3", "-c", _VERSIONS]).stdout)
+        say(f"{suite}: Linux {host.kernel}, " + ", ".join(f"{name} {value}" for name, value in versions.items()))
+        begin = time.monotonic()
+        parts = (HALF, ("tests", *(f"--ignore={path}" for path in HALF)))
+        logs = [f"/tmp/unit-{number}.log" for number in range(len(parts))]  # noqa: S108  inside
+        running = [_start(host, (*part, f"--share={share}"), log) for part, log in zip(parts, logs, strict=True)]
+        statuses: dict[int, int] = {}
+        while len(statuses) < len(running):
+            for number, process in enumerate(running):
+                try:
+                    statuses[number] = process.wait(LOOK_SECONDS / len(running))
+                except subprocess.TimeoutExpired:
+                    continue
+            took = time.monotonic() - begin
+            outputs = [host.get(log).decode(errors="replace") for log in logs]
+            say(f"{suite}: {took:.0f} s: " + ", ".join(_progress(output) for output in outputs))
+            if took > seconds and len(statuses) < len(running):
+                ends = "\n".join(output[-4000:] for output in outputs)
+                raise TimeoutError(f"the unit suite took more than {seconds:.0f} s on {suite}:\n{ends}")
+        halves = tuple(Half(statuses[number], output) for number, output in enumerate(outputs))
+        return Outcome(versions, halves, took)
+
+
+def install(host: EmulatedHost) -> None:
+    """Copy what the tests read, run and import into a host, and prepare its kernel."""
+    host.put_tree(ROOT, INSIDE, exclude=NOT_COPIED)
+    # Before the processes that make VMs are there; Linux 7.0 and later have no such switch and need none.
+    host.run(["sysctl", "-w", "vm.allocate_pgste=1"], check=False)
+
+
+def _start(host: EmulatedHost, part: tuple[str, ...], log: str) -> Process:
+    return host.start(
+        [
+            *("python3", "-m", "pytest", *part, "-v", "--tb=short", "--durations=15", "-p", "no:cacheprovider"),
+            *("-m", "not emulated", *(f"--deselect={name}" for name in NOT_THERE)),
+            *(f"-W{warning}" for warning in THEIR_WARNINGS),
+            *("--hypothesis-profile", examples.EMULATED, "-o", f"timeout={TEST_SECONDS}"),
+        ],
+        # PYTHONPATH stands for skeyd's being installed, as it is in .venv. And there is a real /dev/kvm: a test that
+        # skips for want of it has a fault.
+        env={"PYTHONPATH": INSIDE, "SKEYD_REQUIRE_KVM": "1"},
+        cwd=INSIDE,
+        stdout_path=log,
+    )
+
+
+def _progress(output: str) -> str:
+    percents = re.findall(r"\[ *(\d+)%\]$", output, re.MULTILINE)
+    bad = len(re.findall(r" (?:FAILED|ERROR) +\[", output))
+    return f"{percents[-1] if percents else 0}%" + (f" with {bad} failed" if bad else "")
+
+
+def main(suites: list[str]) -> int:
+    """Run the suite on the hosts that are named, one after the other; print what failed; 1 where anything did."""
+    status = 0
+    for suite in suites:
+        outcome = run(suite, 7200, lambda line: print(line, flush=True))  # noqa: T201
+        for half in outcome.halves:
+            if half.status:
+                status = 1
+                print(half.end)  # noqa: T201
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
