@@ -38,16 +38,8 @@ THEIR_WARNINGS: Final = (
 )
 """Warnings of Debian's libraries about themselves; all others are failures, as everywhere."""
 
-HALF: Final = (
-    "tests/cli",
-    "tests/test_docs.py",
-    "tests/test_logs.py",
-    "tests/test_server.py",
-    "tests/test_standard.py",
-)
-"""What one of the two processes runs, most of it waiting for other processes; the other runs whatever is left."""
-
 CPUS: Final = 2
+"""And as many processes, between which the tests are dealt out one by one."""
 TEST_SECONDS: Final = 900
 """For one test: an answer that comes late on a machine with much else to do is no fault."""
 
@@ -102,8 +94,8 @@ class Outcome:
         return sum(half.counts.get(what, 0) for half in self.halves)
 
 
-def run(suite: str, seconds: float, say: Callable[[str], None], share: str = "1/1") -> Outcome:
-    """Run the unit suite, or a share of it, on a host of its own, and say now and then how far it is.
+def run(suite: str, seconds: float, say: Callable[[str], None], share: int = 0, shares: int = 1) -> Outcome:
+    """Run one of several shares of the unit suite on a host of its own, and say now and then how far it is.
 
     TimeoutError where it takes longer than `seconds` after the boot; carries what was printed by then.
     """
@@ -112,9 +104,8 @@ def run(suite: str, seconds: float, say: Callable[[str], None], share: str = "1/
         versions: dict[str, str] = json.loads(host.run(["python3", "-c", _VERSIONS]).stdout)
         say(f"{suite}: Linux {host.kernel}, " + ", ".join(f"{name} {value}" for name, value in versions.items()))
         begin = time.monotonic()
-        parts = (HALF, ("tests", *(f"--ignore={path}" for path in HALF)))
-        logs = [f"/tmp/unit-{number}.log" for number in range(len(parts))]  # noqa: S108  inside
-        running = [_start(host, (*part, f"--share={share}"), log) for part, log in zip(parts, logs, strict=True)]
+        logs = [f"/tmp/unit-{number}.log" for number in range(CPUS)]  # noqa: S108  inside
+        running = [_start(host, f"{share * CPUS + number + 1}/{shares * CPUS}", log) for number, log in enumerate(logs)]
         statuses: dict[int, int] = {}
         while len(statuses) < len(running):
             for number, process in enumerate(running):
@@ -139,10 +130,21 @@ def install(host: EmulatedHost) -> None:
     host.run(["sysctl", "-w", "vm.allocate_pgste=1"], check=False)
 
 
-def _start(host: EmulatedHost, part: tuple[str, ...], log: str) -> Process:
+def _start(host: EmulatedHost, share: str, log: str) -> Process:
     return host.start(
         [
-            *("python3", "-m", "pytest", *part, "-v", "--tb=short", "--durations=15", "-p", "no:cacheprovider"),
+            *(
+                "python3",
+                "-m",
+                "pytest",
+                "tests",
+                f"--share={share}",
+                "-v",
+                "--tb=short",
+                "--durations=15",
+                "-p",
+                "no:cacheprovider",
+            ),
             *("-m", "not emulated", *(f"--deselect={name}" for name in NOT_THERE)),
             *(f"-W{warning}" for warning in THEIR_WARNINGS),
             *("--hypothesis-profile", examples.EMULATED, "-o", f"timeout={TEST_SECONDS}"),
