@@ -35,7 +35,7 @@ class Reason(enum.Enum):
     # the VM
     VM_NOT_FOUND = "There is no such VM."
     VM_EXISTS = "The id is taken; by a dead or quarantined VM too."
-    VM_BUSY = "Another SetSkeys, DeleteVm or CreateVm runs on this VM."
+    VM_BUSY = "Another call that changes this VM or its keys runs: SetSkeys, SetSkey, DeleteVm, CreateVm, and so on."
     VM_DEAD = "The VM's worker is gone, or the kernel has declared the VM dead."
     VM_QUARANTINED = "Something is there that skeyd can't explain; it leaves it alone."
     WORKER_LOST = "The VM's worker went away or did not answer in time."
@@ -43,7 +43,7 @@ class Reason(enum.Enum):
     # the host
     KVM_UNAVAILABLE = "/dev/kvm is missing or not for the worker's user."
     CAP_S390_SKEYS_MISSING = "The kernel has no storage-key calls: it is no s390x host, or a very old one."
-    CAP_S390_KEYOP_MISSING = "The VM's kernel has no KVM_S390_KEYOP, which came with Linux 7.0."
+    CAP_S390_KEYOP_MISSING = "The VM's kernel has no KVM_S390_KEYOP, which came with Linux 7.0, or its worker is older."
     PGSTE_UNAVAILABLE = "KVM_CREATE_VM answered EINVAL for want of PGSTE page tables."
     KERNEL_REFUSED = "The kernel answered an ioctl with an error that has no better name; the message has it."
     OUT_OF_MEMORY = "The kernel or the host has no memory for this."
@@ -77,8 +77,8 @@ def no_keyop() -> SkeydError:
     """Return the refusal of what only KVM_S390_KEYOP does."""
     return SkeydError(
         Reason.CAP_S390_KEYOP_MISSING,
-        "this VM's kernel has no KVM_S390_KEYOP (KVM_CAP_S390_KEYOP is 0), which came with Linux 7.0",
-        {"remedy": "read the key, and set it without its referenced bit"},
+        "this VM's kernel has no KVM_S390_KEYOP (KVM_CAP_S390_KEYOP is 0), which came with Linux 7.0; no other call "
+        "does it in one step",
     )
 
 

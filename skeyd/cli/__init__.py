@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 from functools import partial
@@ -16,9 +17,14 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # A thread of grpc can trip over a call that an interrupt cuts off (seen with 1.85), and would say so there too.
     threading.excepthook = lambda _: None
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Until there is a handler that says so in a word: no traceback out of the middle of an import.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     from skeyd.cli import interrupts, skeyctl
 
-    interrupts.run(partial(skeyctl.main, arguments), partial(skeyctl.say_interrupted, arguments))
+    interrupts.run(
+        partial(skeyctl.main, arguments), partial(skeyctl.say_interrupted, arguments), skeyctl.EXIT_INTERRUPTED
+    )
 
 
 def _open_missing_streams() -> None:

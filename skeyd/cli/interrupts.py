@@ -8,13 +8,12 @@ thread of its own, where no handler does, and an interrupt closes its connection
 from __future__ import annotations
 
 import os
-import queue
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from contextlib import contextmanager, suppress
 from typing import Final, NoReturn
 
 from skeyd.client import Client
@@ -26,9 +25,7 @@ SECONDS: Final = 5.0
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class _Interrupted(BaseException):
-    def __init__(self, number: int) -> None:
-        self.number = number
+_ENDED: Final = b"\0"
 
 
 class _Connections:
@@ -36,11 +33,14 @@ class _Connections:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: list[Client] = []
+        self.any = False
+        """Whether there ever was one."""
         self.are_cut = False
 
     def add(self, client: Client) -> None:
         with self._lock:
             if not self.are_cut:
+                self.any = True
                 self._open.append(client)
                 return
         client.close()
@@ -50,13 +50,12 @@ class _Connections:
             if client in self._open:
                 self._open.remove(client)
 
-    def cut(self) -> bool:
+    def cut(self) -> None:
         with self._lock:
             self.are_cut = True
             cut, self._open = self._open, []
         for client in cut:
             client.close()
-        return bool(cut)
 
 
 _connections: Final = _Connections()
@@ -78,52 +77,54 @@ def happened() -> bool:
     return _connections.are_cut
 
 
-def run(command: Callable[[], NoReturn], say_interrupted: Callable[[], None]) -> NoReturn:
+def run(command: Callable[[], NoReturn], say_interrupted: Callable[[], None], interrupted_code: int) -> NoReturn:
     """Run a command that ends with SystemExit, in a thread of its own, and exit as it did.
 
-    With 128 and the signal's number where a signal ended it; the command has said so then, or `say_interrupted` does
-    for one that can't. For the main thread of a process that does nothing else.
+    With 128 and the signal's number where a signal ended it: the command has said so and ended with
+    `interrupted_code` then, or `say_interrupted` does for one that can't. One that was done ends as it would have.
+    For the main thread of a process that does nothing else.
     """
-    ends: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
-    waiting = True
+    ends: list[BaseException] = []
+    # Signals, each by its number, and the command's end come in by one socket. A wait for a lock misses some: 7 of 120
+    # on a busy machine.
+    told, teller = socket.socketpair()
+    teller.setblocking(False)
+    signal.set_wakeup_fd(teller.fileno())
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _noted)
 
     def work() -> None:
         try:
             command()
         except BaseException as end:
-            ends.put(end)
+            ends.append(end)
+        teller.send(_ENDED)
 
-    def handle(number: int, _: FrameType | None) -> None:
-        nonlocal waiting
-        if not waiting:
-            os._exit(128 + number)  # who interrupts twice has waited for long enough
-        waiting = False
-        raise _Interrupted(number)
+    threading.Thread(target=work, daemon=True).start()
+    first = told.recv(1)
+    signalled = first[0]
+    if signalled:
+        _connections.cut()
+        # Before its first connection there's nothing to tidy up, and nothing done: it asks, or reads a file. After its
+        # last one it is all but done, and what it says is true.
+        if _connections.any:
+            told.settimeout(SECONDS)
+            with suppress(TimeoutError):
+                first = told.recv(1)  # its end, or somebody who has waited for long enough
+    if not ends:
+        if sys.stderr.isatty():
+            sys.stderr.write("\n")  # after a question or a bar
+        say_interrupted()
+        os._exit(128 + first[0])
+    end = ends[0]
+    if not isinstance(end, SystemExit) or not isinstance(end.code, int):
+        raise end
+    with suppress(OSError):
+        sys.stdout.flush()
+    # At once: Python's own end would give the signals their first meaning back before it is over.
+    os._exit(128 + signalled if end.code == interrupted_code and signalled else end.code)
 
-    try:
-        for number in _SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-                signal.signal(number, handle)
-        threading.Thread(target=work, daemon=True).start()
-        end = ends.get()
-        waiting = False
-    except _Interrupted as interrupted:
-        end = _interrupt(ends, interrupted.number, say_interrupted)
-    raise end
 
-
-def _interrupt(
-    ends: queue.SimpleQueue[BaseException], number: int, say_interrupted: Callable[[], None]
-) -> BaseException:
-    # Without a connection there's nothing to tidy up: it asks, or reads a file.
-    if _connections.cut():
-        try:
-            end = ends.get(timeout=SECONDS)
-        except queue.Empty:
-            pass
-        else:
-            return SystemExit(128 + number) if isinstance(end, SystemExit) and end.code else end
-    if sys.stderr.isatty():
-        sys.stderr.write("\n")  # after a question or a bar
-    say_interrupted()
-    os._exit(128 + number)
+def _noted(*_: object) -> None:
+    pass  # by the socket

@@ -44,7 +44,7 @@ def _checked(path: Path) -> Path:
         real = Path(os.path.realpath(path, strict=True))
         if not stat.S_ISREG(real.stat().st_mode):
             raise LauncherError(f"{_name(path, real)}: the worker launcher is no regular file")
-        for part in (real, *real.parents):
+        for part in (real, *real.parents, *path.parents):
             _require_own(part, f"{_name(path, real)}: the worker launcher can't be trusted")
     except OSError as error:
         raise LauncherError(f"{path}: the worker launcher can't be used: {error.strerror}") from error

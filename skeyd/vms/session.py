@@ -15,6 +15,7 @@ from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange, MemoryMap
 from skeyd.limits import WORKER_ANSWER_SECONDS, WORKER_HELLO_SECONDS
 from skeyd.linux import is_sealed_memfd, peer_of
+from skeyd.storage_key import CHANGED, REFERENCED, RESERVED
 from skeyd.worker.channel import Channel, address_in, close_all
 from skeyd.worker.protocol import (
     BUFFER_BYTES,
@@ -127,6 +128,8 @@ class Session:
         with nullcontext() if operation == "iske" else self._uncertain_where_lost(GfnRange(gfn, 1)), self._strict():
             done = self._take()
             found, repaired = done.integer("key", 0, 0xFF), done.boolean("repaired")
+            if found & (~(REFERENCED | CHANGED) if operation == "rrbe" else RESERVED):
+                raise ProtocolError(f"{found:#04x} is nothing that {operation} gives")
             return found if done.boolean("uses_keys") else None, repaired
 
     def shut_down(self) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from skeyd.errors import Reason, SkeydError, no_keyop, reserved_bit
 from skeyd.gfn import GfnRange
-from skeyd.storage_key import CHANGED, REFERENCED, RESERVED
+from skeyd.storage_key import RESERVED
 from skeyd.vms.session import Session
 
 
@@ -35,7 +35,7 @@ def read_one(session: Session, gfn: int) -> OneRead:
     session.memory_map.require_mapped(GfnRange(gfn, 1))
     if session.hello.keyop:
         key, _ = session.keyop("iske", gfn)
-        return OneRead(_checked(key, gfn), by_keyop=True)
+        return OneRead(key, by_keyop=True)
     return OneRead(_by_range(session, gfn), by_keyop=False)
 
 
@@ -51,7 +51,7 @@ def write_one(session: Session, gfn: int, key: int, allow_enable: bool) -> OneWr
     if session.hello.keyop:
         old, repaired = session.keyop("sske", gfn, key)
         if old is not None:
-            return OneWritten(_checked(old, gfn), repaired, enabled=False, by_keyop=True)
+            return OneWritten(old, repaired, enabled=False, by_keyop=True)
         # KEYOP enables nothing. What follows does, or is refused.
     old = _by_range(session, gfn)
     repairs, enabled = session.write_slice(frame, bytes([key]), allow_enable)
@@ -61,23 +61,24 @@ def write_one(session: Session, gfn: int, key: int, allow_enable: bool) -> OneWr
 def reset_referenced(session: Session, gfn: int) -> int:
     """Reset a frame's R and return R and C as they were. GFN_NOT_MAPPED, CAP_S390_KEYOP_MISSING, SKEYS_NOT_ENABLED."""
     session.memory_map.require_mapped(GfnRange(gfn, 1))
+    if session.hello.keyop is None:
+        raise SkeydError(
+            Reason.CAP_S390_KEYOP_MISSING,
+            "this VM's worker is from before skeyd knew KVM_S390_KEYOP; one that is made now has it if its kernel does",
+        )
     if not session.hello.keyop:
         # Nothing else does it: the guest could set C between reading the key and setting it without R.
         raise no_keyop()
     found, _ = session.keyop("rrbe", gfn)
     if found is None:
         raise SkeydError(Reason.SKEYS_NOT_ENABLED, "the guest uses no storage keys, so there is no R to reset")
-    if found & ~(REFERENCED | CHANGED):
-        raise SkeydError(Reason.WORKER_FAILED, f"the worker tells of more than R and C at gfn {gfn:#x}: {found:#04x}")
     return found
 
 
 def _by_range(session: Session, gfn: int) -> int | None:
     ((_, keys),) = session.read_slices([GfnRange(gfn, 1)])
-    return None if keys is None else _checked(keys[0], gfn)
-
-
-def _checked(key: int | None, gfn: int) -> int | None:
-    if key is not None and key & RESERVED:
+    if keys is None:
+        return None
+    if keys[0] & RESERVED:
         raise SkeydError(Reason.WORKER_FAILED, f"the worker tells of an impossible key at gfn {gfn:#x}")
-    return key
+    return keys[0]

@@ -258,8 +258,8 @@ class Hello:
     created: int
     """Seconds since 1970."""
     slots: tuple[MemorySlot, ...]
-    keyop: bool = False
-    """Whether it takes "keyop". A worker from before there was such an op doesn't say."""
+    keyop: bool | None = False
+    """Whether it takes "keyop"; None: it is from before there was such an op, and doesn't say."""
 
     def to_message(self) -> dict[str, Any]:
         """Write it down."""
@@ -313,7 +313,7 @@ class Hello:
             pid=message.integer("pid", 1, 1 << 31),
             created=message.integer("created", 0, CREATED_MAX),
             slots=slots,
-            keyop=message.has("keyop") and message.boolean("keyop"),
+            keyop=message.boolean("keyop") if message.has("keyop") else None,
         )
 
 

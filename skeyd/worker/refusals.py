@@ -11,7 +11,7 @@ from skeyd.kvm.errors import KvmError
 
 
 def of_key_call(error: KvmError, frames: GfnRange) -> SkeydError:
-    """Say what it means that GET or SET of these frames, all of them in memory slots, was refused."""
+    """Say what it means that GET, SET or KEYOP of these frames, all of them in memory slots, was refused."""
     where = {"gfn": hex(frames.start), "count": str(frames.count), "errno": str(error.errno)}
     match error.errno:
         case errno.EFAULT:

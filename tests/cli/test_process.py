@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import mmap
 import os
 import signal
 import subprocess
+import sys
+import termios
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -240,25 +245,46 @@ def test_a_command_that_stands_still_and_has_no_connection_ends_at_once(runtime_
     assert (done.status, done.err) == (143, "\nskeyctl: interrupted [INTERRUPTED]\n")
 
 
+def wait_until_full(pipe: int) -> None:
+    """Wait until who writes to a pipe has to wait, for less is left in it than a line takes."""
+    size, until = fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ), time.monotonic() + SECONDS
+    while int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder) < size - mmap.PAGESIZE:
+        assert time.monotonic() < until
+        os.sched_yield()
+
+
 def test_a_command_that_cant_end_is_ended_by_a_second_interrupt(runtime_dir: Path) -> None:
     cut = threading.Event()
 
     def read(context: grpc.ServicerContext) -> Iterator[pb.GetSkeysResponse]:
         _at_its_end(context, cut)
         yield header((0, 1 << 20))
-        for start in range(0, 1 << 20, len(MANY)):
-            yield chunk(start, MANY)
+        yield chunk(0, MANY)
+        assert cut.wait(SECONDS)  # it doesn't end by itself
 
     with LyingDaemon(runtime_dir) as daemon:
         daemon.reading = read
         arguments = ["--target", daemon.target, "keys", "get", "a"]
         with subprocess.Popen([*PROGRAM, *arguments], stdout=subprocess.PIPE, env=environment()) as process:
             assert process.stdout is not None
-            assert process.stdout.read(1)  # the pipe's other 64 KiB are soon full
+            wait_until_full(process.stdout.fileno())
             process.send_signal(signal.SIGINT)
             assert cut.wait(SECONDS), "the daemon was told"
             process.send_signal(signal.SIGTERM)
             assert process.wait(SECONDS) == 143
+
+
+def test_a_command_that_is_done_is_not_interrupted_any_more(shared_daemon: DaemonProcess, new_vm: NewVm) -> None:
+    arguments = ["--target", shared_daemon.target, "key", "set", new_vm((0, 1)), "0", "--acc", "1", "--allow-enable"]
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment()}
+    for _ in range(8):  # whichever step of its end the signal meets
+        with subprocess.Popen([*PROGRAM, *arguments, "--json"], bufsize=0, **streams) as process:
+            assert process.stdout is not None
+            first = process.stdout.read(1)
+            process.send_signal(signal.SIGTERM)
+            out, err = process.communicate(timeout=SECONDS)
+        assert (process.returncode, err) == (0, b"")
+        assert json.loads(first + out)["gfn"] == 0
 
 
 def test_who_ignores_interrupts_goes_on(runtime_dir: Path) -> None:

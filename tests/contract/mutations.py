@@ -272,4 +272,104 @@ MUTATIONS: Final = (
         "        leaked = self._rules.hole_returns\n        if leaked is None or leaked:",
         "test_keyop.py::test_7_0_takes_the_number_of_an_interruption_for_the_key_of_a_frame_in_no_slot",
     ),
+    Mutation(
+        "KEYOP works on the first slot whatever the frame",
+        """        slot, frame, _, _ = parts[0]
+        old""",
+        """        slot, frame, _, _ = parts[0]
+        slot = self._slots[0]
+        old""",
+        "test_several_slots.py::test_since_7_0_keyop_finds_the_slot_of_its_frame",
+    ),
+    Mutation(
+        "SSKE gives a keyless guest's old key as 0",
+        """        slot.keys[frame] = key & ~RESERVED
+        return old""",
+        """        slot.keys[frame] = key & ~RESERVED
+        return old if self._process.uses_keys else 0""",
+        "test_several_slots.py::test_since_7_0_keyop_keeps_keys_of_a_keyless_guest_until_they_are_enabled",
+    ),
+    Mutation(
+        "RRBE resets nothing for a keyless guest",
+        """            slot.keys[frame] = old & ~REFERENCED
+""",
+        """            slot.keys[frame] = old & ~REFERENCED if self._process.uses_keys else old
+""",
+        "test_several_slots.py::test_since_7_0_keyop_keeps_keys_of_a_keyless_guest_until_they_are_enabled",
+    ),
+    Mutation(
+        "a second SSKE on a keyless guest is ignored",
+        """        slot.keys[frame] = key & ~RESERVED
+""",
+        """        slot.keys[frame] = key & ~RESERVED if self._process.uses_keys or not old else old
+""",
+        "test_several_slots.py::test_since_7_0_keyop_keeps_keys_of_a_keyless_guest_until_they_are_enabled",
+    ),
+    Mutation(
+        "KEYOP finds a key before the first slot",
+        """        if not parts:
+            return self._keyop_in_hole""",
+        """        if not parts and gfn < self._slots[0].frames.start:
+            return 0
+        if not parts:
+            return self._keyop_in_hole""",
+        "test_several_slots.py::test_since_7_2_a_frame_before_between_or_behind_slots_has_no_key",
+    ),
+    Mutation(
+        "only ISKE is ENOTTY up to 6.19",
+        """        if not self._rules.has_keyop:
+""",
+        """        if not self._rules.has_keyop and operation == abi.KVM_S390_KEYOP_ISKE:
+""",
+        "test_several_slots.py::test_up_to_6_19_there_is_no_keyop_whatever_it_is_asked",
+    ),
+    Mutation(
+        "touching works on the first slot whatever the frame",
+        """        slot, frame, _, _ = parts[0]
+        segment""",
+        """        slot, frame, _, _ = parts[0]
+        slot, frame = self._slots[0], frame % self._slots[0].frames.count
+        segment""",
+        "test_several_slots.py::test_up_to_6_19_an_access_changes_the_key_of_its_own_frame_in_its_own_slot",
+    ),
+    Mutation(
+        "touching makes the page table of the slot's first segment",
+        """        slot.has_page_table[segment] = 1
+        if self._process""",
+        """        slot.has_page_table[0] = 1
+        if self._process""",
+        "test_several_slots.py::test_up_to_6_19_a_touch_saves_the_key_of_its_own_segment_in_its_own_slot",
+    ),
+    Mutation(
+        "enabling gives R and C to one slot of the process only",
+        """            for slot in self.slots:
+                slot.enable()""",
+        """            for slot in self.slots[-1:]:
+                slot.enable()""",
+        "test_several_slots.py::test_up_to_6_19_enabling_gives_r_and_c_to_touched_segments_of_all_slots_of_all_vms",
+    ),
+    Mutation(
+        "of a SET over two slots and into a hole the first slot is applied only",
+        """        for slot, first, at, count in parts:
+            if at < stop:""",
+        """        for slot, first, at, count in parts:
+            if at < stop and not (at and stop < len(keys)):""",
+        "test_several_slots.py::test_the_keys_before_a_hole_stay_set_in_each_slot",
+    ),
+    Mutation(
+        "a SET over two slots loses no key in the second",
+        """            if at < stop:
+                self._store(slot""",
+        """            if at < stop and at:
+                slot.has_page_table[0] = 1
+            if at < stop:
+                self._store(slot""",
+        "test_several_slots.py::test_up_to_6_19_each_slot_of_a_call_loses_its_keys",
+    ),
+    Mutation(
+        "a reserved bit in the second slot is judged as the hole behind it",
+        "        stop = reached if bad is None else min(bad, reached)",
+        "        stop = reached if bad is None or bad >= parts[0][3] else min(bad, reached)",
+        "test_several_slots.py::test_a_reserved_bit_in_the_second_slot_is_told_before_a_hole_behind_it",
+    ),
 )

@@ -74,6 +74,10 @@ class Set:
         # A million keys would be no help to who looks for what went wrong.
         return f"Set(start={self.start:#x}, keys={len(self.keys)} [{in_runs(self.keys)}], vm={self.vm})"
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        # hypothesis writes dataclasses down by itself, but for those that say how.
+        printer.text(repr(self))
+
 
 @dataclass(frozen=True)
 class Touch:

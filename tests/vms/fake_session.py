@@ -19,7 +19,7 @@ def key_of(gfn: int) -> int:
 class FakeSession(Session):
     """A session with a guest whose slots are given in frames."""
 
-    def __init__(self, *slots: tuple[int, int], uses_keys: bool = True, keyop: bool = False) -> None:
+    def __init__(self, *slots: tuple[int, int], uses_keys: bool = True, keyop: bool | None = False) -> None:
         memory = tuple(MemorySlot(number, GfnRange(*one), "none") for number, one in enumerate(slots))
         self.hello = Hello("web", UID, "0" * 32, "simulated", "simulated", "0", 1, 0, memory, keyop)
         self.memory_map = MemoryMap(memory)

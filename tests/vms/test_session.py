@@ -233,6 +233,10 @@ def _sske(session: Session) -> object:
     return session.keyop("sske", 7, 0x40)
 
 
+def _rrbe(session: Session) -> object:
+    return session.keyop("rrbe", 7)
+
+
 BAD_ANSWERS: list[tuple[str, Use, dict[str, Any] | bytes]] = [
     *(("status", Session.uses_keys, answer) for answer in NO_ANSWER),
     *(("status", Session.uses_keys, {"ok": {"uses_keys": flag}}) for flag in BAD_FLAGS),
@@ -242,7 +246,8 @@ BAD_ANSWERS: list[tuple[str, Use, dict[str, Any] | bytes]] = [
     *(("set", _write, {"ok": {"repaired": count, "enabled": True}}) for count in BAD_COUNTS),
     *(("set", _write, {"ok": {"repaired": 0, "enabled": flag}}) for flag in BAD_FLAGS),
     *(("keyop", _sske, answer) for answer in NO_ANSWER),
-    *(("keyop", _sske, {"ok": {**ONE, "key": key}}) for key in (None, -1, 256, True, "1")),
+    *(("keyop", _sske, {"ok": {**ONE, "key": key}}) for key in (None, -1, 256, True, "1", 0x01, 0x31)),
+    *(("keyop", _rrbe, {"ok": {**ONE, "key": key}}) for key in (0x01, 0x08, 0x16, 0x80)),
     *(("keyop", _sske, {"ok": {**ONE, "uses_keys": flag}}) for flag in BAD_FLAGS),
     *(("keyop", _sske, {"ok": {**ONE, "repaired": flag}}) for flag in BAD_FLAGS),
     *(("shutdown", Session.shut_down, answer) for answer in NO_ANSWER if answer != {"ok": {}}),
@@ -580,7 +585,7 @@ def test_a_worker_from_before_there_was_keyop_has_none(runtime_dir: Path) -> Non
     old = hello()
     del old["keyop"]
     with FakeWorker(runtime_dir, says(old)), _session(runtime_dir) as session:
-        assert not session.hello.keyop
+        assert session.hello.keyop is None
 
 
 @contextmanager

@@ -218,7 +218,7 @@ def test_a_field_that_is_missing_is_refused_by_name(kind: str, place: tuple[str 
 def test_a_worker_from_before_there_was_keyop_doesnt_say_whether_it_has_it() -> None:
     old = HELLO.to_message()
     del old["keyop"]
-    assert not Hello.from_message(_over_the_wire(old)).keyop
+    assert Hello.from_message(_over_the_wire(old)).keyop is None
 
 
 @pytest.mark.parametrize("kind", READERS)
