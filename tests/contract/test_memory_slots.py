@@ -77,7 +77,19 @@ def test_a_slot_over_another_is_eexist(make_vm: MakeVm, subject: Subject) -> Non
 
 
 @every_real_kernel
-def test_there_may_be_more_slots_than_skeyd_asks_for(make_vm: MakeVm, subject: Subject) -> None:
+def test_memory_may_end_at_2_to_the_47_and_not_begin_there(make_vm: MakeVm, subject: Subject) -> None:
     make_vm()
-    (answer,) = subject.shared.play(Capability(abi.KVM_CAP_NR_MEMSLOTS))
-    assert answer.returned >= 32
+    limit = 1 << 47
+    assert subject.shared.play(AddSlot(5, limit - MIB, MIB), AddSlot(6, limit, MIB)) == [DONE, EINVAL]
+
+
+@real_up_to_6_19
+def test_up_to_6_19_there_may_be_32767_slots(make_vm: MakeVm, subject: Subject) -> None:
+    make_vm()
+    assert subject.shared.play(Capability(abi.KVM_CAP_NR_MEMSLOTS)) == [Answer(32767)]
+
+
+@real_since_7_0
+def test_since_7_0_there_may_be_32766_slots(make_vm: MakeVm, subject: Subject) -> None:
+    make_vm()
+    assert subject.shared.play(Capability(abi.KVM_CAP_NR_MEMSLOTS)) == [Answer(32766)]
