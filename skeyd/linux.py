@@ -8,8 +8,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
 import socket
 import struct
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -79,3 +82,26 @@ class Peer:
 def peer_of(connection: socket.socket) -> Peer:
     """Ask the kernel who connected, or who listened."""
     return Peer(*_UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)))
+
+
+@contextmanager
+def signals_by_socket(numbers: Iterable[int]) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Have these signals arrive as bytes, their numbers, at the first socket; what is sent at the second does so, too.
+
+    For the main thread. To wait for a signal with a lock, which queues and events do too, is to miss one that comes
+    just before the wait: handlers run in the main thread, and nothing wakes it (seen with Python 3.11 and 3.14).
+    """
+    told, teller = socket.socketpair()
+    with told, teller:
+        teller.setblocking(False)
+        signal.set_wakeup_fd(teller.fileno())
+        try:
+            for number in numbers:
+                signal.signal(number, _noted)
+            yield told, teller
+        finally:
+            signal.set_wakeup_fd(-1)
+
+
+def _noted(*_: object) -> None:
+    pass  # by the socket

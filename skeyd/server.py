@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
-import queue
 import resource
 import signal
 import sys
@@ -22,6 +21,7 @@ import structlog
 
 import skeyd
 from skeyd import limits, logs
+from skeyd.linux import signals_by_socket
 from skeyd.paths import default_runtime_dir
 from skeyd.rpc.calls import CallInterceptor
 from skeyd.rpc.health import SERVICE as HEALTH
@@ -282,11 +282,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Each connection and each worker that is asked takes a descriptor; the usual soft limit of 1,024 is for select().
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, _DESCRIPTORS), most))
-    # Not an Event: its set() deadlocks where the signal comes while this thread is about to wait. This put() can't.
-    stop: queue.SimpleQueue[None] = queue.SimpleQueue()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.put(None))
     with ExitStack() as resources:
+        told, _ = resources.enter_context(signals_by_socket((signal.SIGTERM, signal.SIGINT)))
         try:
             runtime = resources.enter_context(RuntimeDirectory.open(settings.runtime_dir))
             daemon = Daemon(settings, runtime, log)
@@ -294,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             log.error("cannot start", error=str(error))
             sys.exit(EXIT_UNUSABLE)
         daemon.serve()
-        stop.get()
+        told.recv(1)
         daemon.drain()
     # Threads that wait for a stuck worker would hold the interpreter's own end up; nothing of theirs is left to lose.
     logs.flush()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from typing import Final, NoReturn
 
 from skeyd.client import Client
 from skeyd.client import connect as client_of
+from skeyd.linux import signals_by_socket
 
 SECONDS: Final = 5.0
 """How long a command may take to tidy up. One that stands still in a pipe or on a disk never would."""
@@ -85,46 +85,37 @@ def run(command: Callable[[], NoReturn], say_interrupted: Callable[[], None], in
     For the main thread of a process that does nothing else.
     """
     ends: list[BaseException] = []
-    # Signals, each by its number, and the command's end come in by one socket. A wait for a lock misses some: 7 of 120
-    # on a busy machine.
-    told, teller = socket.socketpair()
-    teller.setblocking(False)
-    signal.set_wakeup_fd(teller.fileno())
-    for number in _SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, _noted)
+    heeded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup has it
+    # Signals, each by its number, and the command's end come in by one socket.
+    with signals_by_socket(heeded) as (told, teller):
 
-    def work() -> None:
-        try:
-            command()
-        except BaseException as end:
-            ends.append(end)
-        teller.send(_ENDED)
+        def work() -> None:
+            try:
+                command()
+            except BaseException as end:
+                ends.append(end)
+            teller.send(_ENDED)
 
-    threading.Thread(target=work, daemon=True).start()
-    first = told.recv(1)
-    signalled = first[0]
-    if signalled:
-        _connections.cut()
-        # Before its first connection there's nothing to tidy up, and nothing done: it asks, or reads a file. After its
-        # last one it is all but done, and what it says is true.
-        if _connections.any:
-            told.settimeout(SECONDS)
-            with suppress(TimeoutError):
-                first = told.recv(1)  # its end, or somebody who has waited for long enough
-    if not ends:
-        if sys.stderr.isatty():
-            sys.stderr.write("\n")  # after a question or a bar
-        say_interrupted()
-        os._exit(128 + first[0])
-    end = ends[0]
-    if not isinstance(end, SystemExit) or not isinstance(end.code, int):
-        raise end
-    with suppress(OSError):
-        sys.stdout.flush()
-    # At once: Python's own end would give the signals their first meaning back before it is over.
-    os._exit(128 + signalled if end.code == interrupted_code and signalled else end.code)
-
-
-def _noted(*_: object) -> None:
-    pass  # by the socket
+        threading.Thread(target=work, daemon=True).start()
+        first = told.recv(1)
+        signalled = first[0]
+        if signalled:
+            _connections.cut()
+            # Before its first connection there's nothing to tidy up, and nothing done: it asks, or reads a file. After
+            # its last one it is all but done, and what it says is true.
+            if _connections.any:
+                told.settimeout(SECONDS)
+                with suppress(TimeoutError):
+                    first = told.recv(1)  # its end, or somebody who has waited for long enough
+        if not ends:
+            if sys.stderr.isatty():
+                sys.stderr.write("\n")  # after a question or a bar
+            say_interrupted()
+            os._exit(128 + first[0])
+        end = ends[0]
+        if not isinstance(end, SystemExit) or not isinstance(end.code, int):
+            raise end
+        with suppress(OSError):
+            sys.stdout.flush()
+        # At once: Python's own end would give the signals their first meaning back before it is over.
+        os._exit(128 + signalled if end.code == interrupted_code and signalled else end.code)

@@ -14,7 +14,7 @@ from typing import Any, Final
 import skeyd
 from skeyd.errors import Reason, SkeydError, exhausted
 from skeyd.kvm.probe import probe_host
-from skeyd.linux import take_lock
+from skeyd.linux import signals_by_socket, take_lock
 from skeyd.worker.backend import Backend
 from skeyd.worker.channel import address_in
 from skeyd.worker.owned import OwnedVm
@@ -85,7 +85,10 @@ def _prepare(directory_fd: int, resources: ExitStack) -> tuple[Service, socket.s
     lock = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=directory_fd)
     if not take_lock(lock):
         raise SkeydError(Reason.VM_EXISTS, f"another worker serves {spec.vm_id}")
-    wake = resources.enter_context(_signals())
+    # SIGTERM (systemd's stop) ends the worker in order; a terminal's signals are meant for the front.
+    for ignored in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
+    wake, _ = resources.enter_context(signals_by_socket([signal.SIGTERM]))
     backend: Backend = OwnedVm(spec) if spec.kind == "owned" else SimulatedVm(spec)
     resources.callback(backend.close)
     hello = Hello(
@@ -104,17 +107,6 @@ def _prepare(directory_fd: int, resources: ExitStack) -> tuple[Service, socket.s
     listener.bind(address_in(directory_fd, SOCKET))
     listener.listen(_BACKLOG)
     return Service(listener, hello, backend), wake
-
-
-def _signals() -> socket.socket:
-    # SIGTERM (systemd's stop) ends the worker in order; a terminal's signals are meant for the front.
-    wake, sender = socket.socketpair()
-    sender.setblocking(False)
-    signal.set_wakeup_fd(sender.detach())
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    for ignored in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(ignored, signal.SIG_IGN)
-    return wake
 
 
 def _say(message: dict[str, Any]) -> None:
