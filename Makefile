@@ -41,9 +41,8 @@ demo-s390x: $(READY) ## The main job, on a real s390x kernel in the emulated hos
 .PHONY: test
 test: lint proto-check ## Everything that checks the project
 	# The images of the emulated hosts are built, where they aren't, beside the tests that need none.
-	@$(BIN)/python -m tests.emulated.prepare & prepare=$$!; \
-	$(BIN)/pytest -m "not emulated" || { kill $$prepare 2>/dev/null; wait $$prepare; exit 1; }; \
-	wait $$prepare
+	@$(BIN)/python -m tests.emulated.prepare & prepare=$$!; trap "kill $$prepare 2>/dev/null" EXIT; \
+	$(BIN)/pytest -m "not emulated" && wait $$prepare
 	$(BIN)/pytest -m emulated
 
 .PHONY: test-kernels

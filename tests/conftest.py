@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,17 +21,27 @@ examples.register()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Take --share."""
-    parser.addoption("--share", metavar="I/N", default="1/1", help="run every Nth of the tests, from the Ith on")
+    parser.addoption("--share", metavar="I/N", default="1/1", help="run one of N shares of the tests, the Ith")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests of others' shares. All shares together are all tests, each once."""
+    """Leave out the tests of others' shares. All shares together are all tests, each once.
+
+    Whoever collects deals alike: releases of pytest differ in the order of files, and in the names of some parameters.
+    """
     which, of = map(int, config.getoption("share").split("/"))
-    others = [item for number, item in enumerate(items) if number % of != which - 1]
+    ordinals: Counter[str] = Counter()
+    mine: list[pytest.Item] = []
+    others: list[pytest.Item] = []
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        ordinals[function] += 1
+        dealt = zlib.crc32(f"{function} {ordinals[function]}".encode()) % of
+        (mine if dealt == which - 1 else others).append(item)
     if others:
         config.hook.pytest_deselected(items=others)
-        items[:] = items[which - 1 :: of]
+        items[:] = mine
 
 
 def pytest_configure() -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Final, NoReturn
@@ -21,6 +23,9 @@ from skeyd.linux import signals_by_socket
 
 SECONDS: Final = 5.0
 """How long a command may take to tidy up. One that stands still in a pipe or on a disk never would."""
+
+ONE_EVENT_SECONDS: Final = 0.5
+"""Signals that come closer together are of one event."""
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -104,13 +109,12 @@ def run(command: Callable[[], NoReturn], say_interrupted: Callable[[], None], in
             # Before its first connection there's nothing to tidy up, and nothing done: it asks, or reads a file. After
             # its last one it is all but done, and what it says is true.
             if _connections.any:
-                told.settimeout(SECONDS)
-                with suppress(TimeoutError):
-                    first = told.recv(1)  # its end, or somebody who has waited for long enough
+                first = _awaited(told) or first
         if not ends:
-            if sys.stderr.isatty():
-                sys.stderr.write("\n")  # after a question or a bar
-            say_interrupted()
+            with suppress(OSError):  # the terminal that is gone is what SIGHUP tells of
+                if sys.stderr.isatty():
+                    sys.stderr.write("\n")  # after a question or a bar
+                say_interrupted()
             os._exit(128 + first[0])
         end = ends[0]
         if not isinstance(end, SystemExit) or not isinstance(end.code, int):
@@ -119,3 +123,18 @@ def run(command: Callable[[], NoReturn], say_interrupted: Callable[[], None], in
             sys.stdout.flush()
         # At once: Python's own end would give the signals their first meaning back before it is over.
         os._exit(128 + signalled if end.code == interrupted_code and signalled else end.code)
+
+
+def _awaited(told: socket.socket) -> bytes | None:
+    # Wait for the command's end, or for somebody who has waited for long enough. A terminal that closes, and its shell,
+    # can both send a signal: the second of one event is none of its own.
+    begin = time.monotonic()
+    while (left := begin + SECONDS - time.monotonic()) > 0:
+        told.settimeout(left)
+        try:
+            said = told.recv(1)
+        except TimeoutError:
+            break
+        if said == _ENDED or time.monotonic() - begin > ONE_EVENT_SECONDS:
+            return said
+    return None

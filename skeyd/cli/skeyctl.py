@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from typing import Any, Final, NoReturn
 
 import click
@@ -152,6 +153,11 @@ def _give_up_output() -> None:
 
 
 def _say(reason: str, message: str, metadata: dict[str, str], as_json: bool) -> None:
+    with suppress(OSError):  # nobody reads it; the exit code says what there is to say
+        _write(reason, message, metadata, as_json)
+
+
+def _write(reason: str, message: str, metadata: dict[str, str], as_json: bool) -> None:
     if as_json:
         error = {"reason": reason, "message": message, "metadata": metadata}
         click.echo(json.dumps({"error": error}), err=True)

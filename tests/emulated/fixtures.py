@@ -35,6 +35,14 @@ def suites() -> list[str]:
     return [suite for suite in recipe.SUITES if suite in wanted]
 
 
+def host_suites() -> list[str]:
+    """Return the suites for tests that are about the host and skeyd on it: all of SKEYD_EMULATED_SUITES, or one.
+
+    What kernels differ in is the contract's business (tests/contract), which runs on `suites()`.
+    """
+    return suites() if SUITES in os.environ else suites()[:1]
+
+
 def require_image(suite: str) -> Image:
     """Return a suite's image, which is built. Where it isn't, the test is skipped, or fails if `is_required`.
 

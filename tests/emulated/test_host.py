@@ -18,7 +18,7 @@ import pytest
 
 from tests.emulated import cache, compiler, qemu
 from tests.emulated.cache import CachedDirectory
-from tests.emulated.fixtures import EmulatedHosts, require_image, suites
+from tests.emulated.fixtures import EmulatedHosts, host_suites, require_image
 from tests.emulated.host import BootFailed, EmulatedHost, HostDied
 from tests.emulated.image import EVIDENCE, Image
 from tests.emulated.machine import Machine
@@ -39,7 +39,7 @@ with socket.create_server(("127.0.0.1", int(sys.argv[1]))) as listener:
 """
 
 
-@pytest.fixture(scope="module", params=suites())
+@pytest.fixture(scope="module", params=host_suites())
 def host(emulated_hosts: EmulatedHosts, request: pytest.FixtureRequest) -> EmulatedHost:
     host = emulated_hosts(request.param)
     host.run(["sh", "-c", 'rm -rf "$1"; mkdir "$1"', "-", INSIDE])
@@ -217,7 +217,7 @@ def test_kvm_is_there_and_nothing_else_is_reachable(host: EmulatedHost) -> None:
     assert "emulated host is ready" in host.console
 
 
-@pytest.fixture(scope="module", params=suites())
+@pytest.fixture(scope="module", params=host_suites())
 def systemd_host(emulated_hosts: EmulatedHosts, request: pytest.FixtureRequest) -> EmulatedHost:
     return emulated_hosts(request.param, systemd=True)
 
@@ -234,14 +234,14 @@ def test_systemd_boots_and_nothing_in_it_has_failed(systemd_host: EmulatedHost) 
 
 @pytest.mark.emulated
 def test_a_boot_without_a_first_process_fails_with_the_console(leaves_nothing: None) -> None:
-    image = require_image(suites()[0])
+    image = require_image(host_suites()[0])
     with pytest.raises(BootFailed, match=r"(?s)QEMU ended.*Kernel panic"), EmulatedHost(image, append="rdinit=/no"):
         pass
 
 
 @pytest.mark.emulated
 def test_a_boot_that_takes_too_long_fails(leaves_nothing: None) -> None:
-    image = require_image(suites()[0])
+    image = require_image(host_suites()[0])
     with pytest.raises(BootFailed, match="did not appear within"), EmulatedHost(image, boot_timeout=0.2):
         pass
 
@@ -249,7 +249,7 @@ def test_a_boot_that_takes_too_long_fails(leaves_nothing: None) -> None:
 @pytest.mark.emulated
 def test_a_host_that_dies_says_so_and_leaves_nothing(leaves_nothing: None) -> None:
     others = own_processes()
-    with EmulatedHost(require_image(suites()[0])) as host:
+    with EmulatedHost(require_image(host_suites()[0])) as host:
         process = host.start(["busybox", "sleep", "1000"])
         (guard,) = own_processes() - others
         (running_qemu,) = Path(f"/proc/{guard}/task/{guard}/children").read_text().split()
@@ -273,7 +273,7 @@ WITH_NETWORK = [*NO_KERNEL, "-netdev", "user,id=net0,restrict=on"]
 
 @pytest.fixture
 def idle_command() -> list[str]:
-    return [*qemu.command(require_image(suites()[0]).suite), *WITH_NETWORK]
+    return [*qemu.command(require_image(host_suites()[0]).suite), *WITH_NETWORK]
 
 
 @pytest.mark.emulated

@@ -14,7 +14,7 @@ from skeyd.storage_key import SEGMENT_FRAMES
 from skeyd.v1 import host_service_pb2, vm_pb2
 from tests.contract.kernels import GENERATION_OF_SUITE
 from tests.emulated.daemon import MEMORY_DIR, DaemonInside
-from tests.emulated.fixtures import EmulatedHosts, suites
+from tests.emulated.fixtures import EmulatedHosts, host_suites
 from tests.emulated.host import EmulatedHost
 from tests.vm_requests import fill, owned, pattern
 
@@ -29,7 +29,7 @@ HAS_KEYOP = {"4.19": False, "7.2": True}
 """By generation, as docs/kernel.md has it."""
 
 
-@pytest.fixture(scope="module", params=suites())
+@pytest.fixture(scope="module", params=host_suites())
 def suite(request: pytest.FixtureRequest) -> str:
     """Name the host."""
     return str(request.param)

@@ -16,7 +16,7 @@ from skeyd.v1 import host_service_pb2
 from skeyd.vms.launcher import DEFAULT
 from tests.emulated.compiler import PROGRAM, require_compiler
 from tests.emulated.daemon import ROOT, DaemonInside
-from tests.emulated.fixtures import EmulatedHosts, suites
+from tests.emulated.fixtures import EmulatedHosts, host_suites
 from tests.emulated.host import EmulatedHost
 from tests.vm_requests import fill, owned
 
@@ -30,9 +30,9 @@ NEEDS_PGSTE = {"bookworm": True, "trixie": True, "forky": False}
 YES, NO = host_service_pb2.ANSWER_YES, host_service_pb2.ANSWER_NO
 FRAMES = 4 * 256
 
-up_to_6_19 = pytest.mark.parametrize("host", [suite for suite in suites() if NEEDS_PGSTE[suite]], indirect=True)
-since_7_0 = pytest.mark.parametrize("host", [suite for suite in suites() if not NEEDS_PGSTE[suite]], indirect=True)
-every_kernel = pytest.mark.parametrize("host", suites(), indirect=True)
+up_to_6_19 = pytest.mark.parametrize("host", [suite for suite in host_suites() if NEEDS_PGSTE[suite]], indirect=True)
+since_7_0 = pytest.mark.parametrize("host", [suite for suite in host_suites() if not NEEDS_PGSTE[suite]], indirect=True)
+every_kernel = pytest.mark.parametrize("host", host_suites(), indirect=True)
 
 
 def make(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
