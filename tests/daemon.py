@@ -135,3 +135,16 @@ class DaemonProcess:
                 self.log.append(entry)
                 lines.put(entry)
         lines.put(None)
+
+
+def start_in_vain(*arguments: str) -> tuple[int, dict[str, Any]]:
+    """Run a daemon that can't begin: its exit status and the last line of its log."""
+    done = subprocess.run(
+        [sys.executable, "-m", "skeyd.server", *arguments],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        timeout=60,
+        check=False,
+    )
+    line: dict[str, Any] = json.loads(done.stderr.splitlines()[-1])
+    return done.returncode, line

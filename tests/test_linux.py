@@ -1,4 +1,4 @@
-"""Locks that die with their holder, sealed memory, and who is at the other end."""
+"""Locks that die with their holder, sealed memory, who is at the other end, and signals that nobody misses."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ from skeyd.linux import (
     lock_is_held,
     peer_of,
     sealed_memfd,
+    signals_by_socket,
     take_lock,
 )
+from tests.daemon import DaemonProcess
 
 SIZE = 1 << 20
 
@@ -244,3 +246,33 @@ def test_who_connects_learns_who_listened_and_not_who_accepts(runtime_dir: Path)
         listener.stdout.readline()
         connection.connect(path)
         assert peer_of(connection).pid == listener.pid
+
+
+# --- signals -------------------------------------------------------------------------------------------------------
+
+
+def test_signals_wait_for_whoever_comes_late_each_by_its_number_in_order() -> None:
+    before = signal.getsignal(signal.SIGUSR1), signal.getsignal(signal.SIGUSR2)
+    try:
+        with signals_by_socket([signal.SIGUSR1, signal.SIGUSR2]) as (told, teller):
+            os.kill(os.getpid(), signal.SIGUSR2)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            teller.send(b"\0")
+            told.settimeout(10)
+            assert told.recv(3) == bytes([signal.SIGUSR2, signal.SIGUSR1, 0])
+        assert signal.set_wakeup_fd(-1) == -1, "nothing is written to a number that may be another's by now"
+    finally:
+        signal.signal(signal.SIGUSR1, before[0])
+        signal.signal(signal.SIGUSR2, before[1])
+
+
+def test_a_signal_that_comes_just_before_the_wait_ends_the_daemon(runtime_dir: Path) -> None:
+    # The wait for a lock that was here before lost some of these.
+    daemon = DaemonProcess(runtime_dir)
+    try:
+        for _ in range(3):
+            daemon.start()
+            daemon.terminate()
+            assert daemon.wait() == 0
+    finally:
+        daemon.end_everything()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -20,26 +19,13 @@ import pytest
 from skeyd import limits, server
 from skeyd.v1 import storage_key_service_pb2 as pb
 from skeyd.v1 import vm_pb2, vm_service_pb2
-from tests.daemon import DaemonProcess
+from tests.daemon import DaemonProcess, start_in_vain
 from tests.processes import wait_for_end
 from tests.rpc.standard_services import NOT_SERVING, SERVING, check, watch
 from tests.rpc.stubs import SECONDS, SetStream, Stubs, chunk, commit, header, refusal, refused, some_keys, whole
 
 LARGE = 4 << 20
 """MiB of a guest whose keys no buffers hold: a stream of them ends when its reader lets it."""
-
-
-def start_in_vain(*arguments: str) -> tuple[int, dict[str, Any]]:
-    """Run a daemon that can't begin: its exit status and the last line of its log."""
-    done = subprocess.run(
-        [sys.executable, "-m", "skeyd.server", *arguments],
-        stdin=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        timeout=SECONDS,
-        check=False,
-    )
-    line: dict[str, Any] = json.loads(done.stderr.splitlines()[-1])
-    return done.returncode, line
 
 
 def outcome_of(call: Callable[[], object]) -> grpc.StatusCode | None:

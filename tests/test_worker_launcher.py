@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
@@ -19,8 +16,8 @@ from skeyd.kvm.probe import PGSTE_REMEDY
 from skeyd.v1 import vm_pb2
 from skeyd.vms import launcher as launcher_module
 from skeyd.vms.launcher import DEFAULT, LauncherError, find_launcher
-from tests.daemon import DaemonProcess
-from tests.rpc.stubs import SECONDS, Stubs, refused
+from tests.daemon import DaemonProcess, start_in_vain
+from tests.rpc.stubs import Stubs, refused
 
 SCRIPT = """#!/bin/sh
 echo "$*" >>"${0%/*}/seen"
@@ -46,19 +43,6 @@ def launching(runtime_dir: Path, launcher: Path) -> Iterator[DaemonProcess]:
         yield daemon
     finally:
         daemon.end_everything()
-
-
-def start_in_vain(*arguments: str) -> tuple[int, dict[str, Any]]:
-    """Run a daemon that can't begin: its exit status and the last line of its log."""
-    done = subprocess.run(
-        [sys.executable, "-m", "skeyd.server", *arguments],
-        stdin=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        timeout=SECONDS,
-        check=False,
-    )
-    line: dict[str, Any] = json.loads(done.stderr.splitlines()[-1])
-    return done.returncode, line
 
 
 # --- the daemon ------------------------------------------------------------------------------------------------------

@@ -28,8 +28,6 @@ ONE_EVENT_SECONDS: Final = 0.5
 """Signals that come closer together are of one event."""
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
 _ENDED: Final = b"\0"
 
 
