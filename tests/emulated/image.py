@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.emulated import qemu, recipe
+from tests.emulated.archive import whole_suite
 from tests.emulated.cache import CachedDirectory, cache_directory
 
 HERE = Path(__file__).parent
@@ -133,6 +134,12 @@ def _mirror() -> str | None:
     return next((line for line in listed.splitlines() if line.endswith("/debian/")), None)
 
 
+def _own_architecture() -> str:
+    return subprocess.run(
+        ["dpkg", "--print-architecture"], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.strip()
+
+
 def _missing_rights() -> str | None:
     if os.geteuid() != 0:
         where = f"XDG_CACHE_HOME={cache_directory().parents[1]}"
@@ -150,6 +157,7 @@ def _missing_rights() -> str | None:
 def _build(kind: str, directory: Path, lock: int) -> None:
     mirror = _mirror()
     assert mirror is not None
+    name = whole_suite(mirror, *((recipe.QEMU_SUITE, _own_architecture()) if kind == "qemu" else (kind, "s390x")))
     log = directory / BUILD_LOG
     with log.open("wb") as stream:
         finished = subprocess.run(
@@ -158,7 +166,7 @@ def _build(kind: str, directory: Path, lock: int) -> None:
                 # mounts.
                 *(sys.executable, "-I", "-S", str(HERE / "guard.py"), str(os.getpid())),
                 *("unshare", "--mount", "--pid", "--fork", "--kill-child"),
-                *(sys.executable, "-m", "tests.emulated.recipe", kind, str(directory), mirror),
+                *(sys.executable, "-m", "tests.emulated.recipe", kind, str(directory), mirror, name),
             ],
             cwd=HERE.parents[1],
             stdin=subprocess.DEVNULL,

@@ -4,7 +4,7 @@ A change of what this file, cpio.py or patch_kvm.py do makes every cached image 
 an image (the cache, the command line, what a machine lacks) lives in image.py.
 
 It runs as a process of its own, in mount and process namespaces that end with it; image.py starts it:
-``python -m tests.emulated.recipe (SUITE | qemu) DIRECTORY MIRROR``
+``python -m tests.emulated.recipe (SUITE | qemu) DIRECTORY MIRROR NAME``, NAME being the suite's on that mirror
 """
 
 import ast
@@ -130,8 +130,8 @@ def _meaning(source: str) -> str:
     return ast.unparse(tree)
 
 
-def build_image(suite: str, directory: Path, mirror: str) -> None:
-    """Make a suite's KERNEL and INITRD in an empty directory.
+def build_image(suite: str, directory: Path, mirror: str, name: str) -> None:
+    """Make a suite's KERNEL and INITRD in an empty directory; `name` is what the mirror has the suite under.
 
     Needs root, and takes 4 minutes on 2 cores.
 
@@ -145,14 +145,14 @@ def build_image(suite: str, directory: Path, mirror: str) -> None:
     work.mkdir()
     # The kernel first: whether it can be patched is known in half a minute. It is not installed, for then its
     # scripts would build an initramfs.
-    _bootstrap(kernel, suite, mirror, "extract", ["linux-image-s390x"], architecture="s390x")
+    _bootstrap(kernel, name, mirror, "extract", ["linux-image-s390x"], architecture="s390x")
     modules = next(path.parent for path in kernel.rglob("modules.order"))
     shutil.copy(next(path for path in kernel.rglob("vmlinuz*") if path.is_file()), directory / KERNEL)
     taken = _extract_modules(modules, work / "modules")
     _log.info("Linux %s with %s", modules.name, ", ".join(taken))
     _patch(work / "modules")
     packages = [*PACKAGES, VMM.get(suite, VMM_OTHERWISE)]
-    _bootstrap(root, suite, mirror, "essential", packages, architecture="s390x")
+    _bootstrap(root, name, mirror, "essential", packages, architecture="s390x")
     shutil.move(work / "modules", root / "usr/lib/modules" / modules.name)
     _run("depmod", "-b", root, modules.name)
     _configure(root)
@@ -162,10 +162,10 @@ def build_image(suite: str, directory: Path, mirror: str) -> None:
     shutil.rmtree(work)
 
 
-def build_qemu(directory: Path, mirror: str) -> None:
+def build_qemu(directory: Path, mirror: str, name: str) -> None:
     """Unpack QEMU_SUITE's qemu-system-s390x for this machine into an empty directory; nothing is installed."""
     root = directory / "root"
-    _bootstrap(root, QEMU_SUITE, mirror, "extract", ["qemu-system-s390x"])
+    _bootstrap(root, name, mirror, "extract", ["qemu-system-s390x"])
     # Its loadable modules would be looked for, and not found to fit, where the machine's own QEMU has them.
     for modules in root.glob("usr/lib/*-linux-gnu/qemu"):
         shutil.rmtree(modules)
@@ -187,7 +187,7 @@ def _run_s390x_programs() -> None:
 
 
 def _bootstrap(
-    root: Path, suite: str, mirror: str, variant: str, packages: Iterable[str], *, architecture: str = ""
+    root: Path, name: str, mirror: str, variant: str, packages: Iterable[str], *, architecture: str = ""
 ) -> None:
     command = ["mmdebstrap", "--mode=root", f"--variant={variant}", "--components=main"]
     if architecture:
@@ -200,9 +200,9 @@ def _bootstrap(
         "--dpkgopt=path-exclude=/usr/share/locale/*",
         "--dpkgopt=path-exclude=/usr/share/man/*",
         "--include=" + ",".join(packages),
-        suite,
+        name,
         str(root),
-        f"deb {mirror} {suite} main",
+        f"deb {mirror} {name} main",
     ]
     _run(*command)
 
@@ -259,14 +259,14 @@ def _slim(root: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Build what is named first, in the directory named second, from the mirror named third."""
-    kind, directory, mirror = arguments
+    """Build what is named first, in a directory, from a mirror, which has the suite under the name given last."""
+    kind, directory, mirror, name = arguments
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     os.nice(10)
     if kind == "qemu":
-        build_qemu(Path(directory), mirror)
+        build_qemu(Path(directory), mirror, name)
     else:
-        build_image(kind, Path(directory), mirror)
+        build_image(kind, Path(directory), mirror, name)
 
 
 if __name__ == "__main__":
