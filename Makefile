@@ -56,9 +56,10 @@ test-big-endian: $(READY) ## All unit tests on all three emulated hosts, where `
 	SKEYD_EMULATED_SUITES="bookworm trixie forky" SKEYD_ALL_UNIT_TESTS=1 $(BIN)/pytest tests/emulated/test_unit_suite.py
 
 .PHONY: benchmark
-benchmark: $(READY) ## What verified SETs cost, as ratios, on a real s390x kernel in the emulated host
+benchmark: $(READY) ## What GETs and verified SETs cost, as ratios to the raw ioctls, on a real s390x kernel in the emulated host
 	$(BIN)/python -m tests.emulated.prepare
 	$(BIN)/python -m benchmarks.repair $(or $(SKEYD_EMULATED_SUITES),bookworm forky)
+	$(BIN)/python -m benchmarks.end_to_end $(or $(SKEYD_EMULATED_SUITES),bookworm forky)
 
 .PHONY: lint
 lint: $(READY) ## Style, types, the direction of imports, the contract, generated pages

@@ -5,7 +5,8 @@
 from the checkout's root, with the emulated host built (tests/emulated/README.md). For each suite one host is booted,
 and in it, one after the other in every round:
 
-- raw: KVM_S390_SET_SKEYS alone, on memory that was touched before, as every other user of the call does it;
+- raw: KVM_S390_SET_SKEYS alone, where page tables exist already, as every other user of the call does it ("mapped" in
+  benchmarks/end_to_end.py: next to no frame is there);
 - verified: the same keys on the same VM by skeyd's worker: SET, GET, compare, SET again what was lost;
 - raw, new and verified, new: the same on a new VM, whose memory nobody ever touched: here Linux up to 6.19 loses keys;
 - SetSkeys and SetSkeys, new: the same once more through the whole daemon, over gRPC on a unix socket.

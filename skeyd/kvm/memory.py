@@ -6,6 +6,8 @@ import ctypes
 import mmap
 import os
 import stat
+from array import array
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Final, Self
 
@@ -17,6 +19,8 @@ _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 _PROT_NONE: Final = 0
 # include/uapi/asm-generic/mman-common.h @ v6.12; Python's mmap module has no name for it
 _MAP_FIXED: Final = 0x10
+# include/uapi/linux/uio.h @ v6.12, UIO_MAXIOV: most ranges a call
+_IOVECS: Final = 1024
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -30,6 +34,15 @@ _libc.mmap.argtypes = (
 )
 _libc.munmap.restype = ctypes.c_int
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.process_vm_readv.restype = ctypes.c_ssize_t
+_libc.process_vm_readv.argtypes = (
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_ulong,
+    ctypes.c_void_p,
+    ctypes.c_ulong,
+    ctypes.c_ulong,
+)
 
 
 class GuestMemory:
@@ -110,6 +123,37 @@ class GuestMemory:
     def view(self) -> memoryview:
         """Return the memory as writable bytes, for as long as it is mapped: using the view later is a SIGSEGV."""
         return memoryview((ctypes.c_ubyte * self.size).from_address(self.address)).cast("B")
+
+    def touch(self, offsets: Sequence[int]) -> int:
+        """Read the byte at each offset, in order, so that its page and page table are there: how many were read.
+
+        Fewer than there are offsets where the kernel can't or won't: a file that was cut, no memory left. The kernel
+        reads and not this process, for which a byte that isn't there would be a SIGBUS.
+        """
+        done = 0
+        while done < len(offsets):
+            part = offsets[done : done + _IOVECS]
+            read = self._read(part)
+            done += max(read, 0)
+            if read < len(part):
+                break
+        return done
+
+    def _read(self, offsets: Sequence[int]) -> int:
+        address = self.address
+        if not all(0 <= offset < self.size for offset in offsets):
+            raise ValueError(f"an offset is not within {self.size} bytes")
+        # Two struct iovec arrays, each of an address and a length: one byte from each place, all into one buffer.
+        remote = array("Q", bytes(16 * len(offsets)))
+        remote[0::2] = array("Q", [address + offset for offset in offsets])
+        remote[1::2] = array("Q", [1]) * len(offsets)
+        into = ctypes.create_string_buffer(len(offsets))
+        local = array("Q", [ctypes.addressof(into), len(offsets)])
+        # SAFETY: the kernel writes to `into` only, len(offsets) bytes; all three arrays live until it is done.
+        result: int = _libc.process_vm_readv(
+            os.getpid(), local.buffer_info()[0], 1, remote.buffer_info()[0], len(offsets), 0
+        )
+        return result
 
     def close(self) -> None:
         """Unmap it."""

@@ -22,6 +22,12 @@ class Backend(Protocol):
     def get_skeys(self, start_gfn: int, buffer: memoryview) -> bool:
         """As skeyd.kvm.vm.Vm.get_skeys: False where the guest uses no storage keys."""
 
+    def prepare_set(self, start_gfn: int, keys: bytes | bytearray) -> None:
+        """Do what can be done for a SET of these keys to lose none. It may be nothing: no proof rests on it.
+
+        All frames are in memory slots. Nothing is changed but R and C of frames whose keys are set next.
+        """
+
     def set_skeys(self, start_gfn: int, buffer: memoryview) -> None:
         """As skeyd.kvm.vm.Vm.set_skeys."""
 

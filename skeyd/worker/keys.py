@@ -84,6 +84,7 @@ class Keys:
     def _set_verified(self, frames: GfnRange, keys: bytes) -> int:
         wanted = bytearray(keys)
         found = bytearray(len(keys))
+        self._backend.prepare_set(frames.start, wanted)
         self._set(frames, memoryview(wanted))
         self._read_back(frames, found)
         lost = lost_runs(wanted, found)

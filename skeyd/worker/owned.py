@@ -11,6 +11,7 @@ from skeyd.kvm.errors import KvmError
 from skeyd.kvm.memory import GuestMemory
 from skeyd.kvm.system import Kvm
 from skeyd.worker import refusals
+from skeyd.worker.page_tables import PageTables
 from skeyd.worker.protocol import SlotSpec, Spec
 from skeyd.worker.slots import check_slots, memory_map
 
@@ -46,11 +47,19 @@ class OwnedVm:
                 except KvmError as error:
                     raise refusals.of_memory(error, number, slot.backing == "file") from error
             kvm.close()
+            slots = [(one.frames, memories[one.slot]) for one in self.memory_map.slots]
+            # Linux 7.0 brought KEYOP and the end of the lost keys: its keys have page tables of their own.
+            self._page_tables = None if self.has_keyop else PageTables(slots)
             self._resources = undo.pop_all()
 
     def get_skeys(self, start_gfn: int, buffer: memoryview) -> bool:
         """As the ioctl."""
         return self._vm.get_skeys(start_gfn, buffer)
+
+    def prepare_set(self, start_gfn: int, keys: bytes | bytearray) -> None:
+        """Make the page tables that the SET would make itself, and lose a key for each."""
+        if self._page_tables is not None:
+            self._page_tables.make(start_gfn, keys)
 
     def set_skeys(self, start_gfn: int, buffer: memoryview) -> None:
         """As the ioctl."""

@@ -157,6 +157,9 @@ class SimulatedVm:
             buffer[at : at + count] = slot.keys[first : first + count]
         return True
 
+    def prepare_set(self, start_gfn: int, keys: bytes | bytearray) -> None:
+        """Do nothing: there is no memory to touch, and so keys are lost, and repaired, as nowhere else so often."""
+
     def set_skeys(self, start_gfn: int, buffer: memoryview) -> None:
         """As the ioctl: enables keys for good, applies what comes before the key or frame it stops at."""
         self._check_count(_SET, buffer)

@@ -97,6 +97,27 @@ def test_up_to_6_19_a_bad_key_makes_no_page_table(make_vm: MakeVm) -> None:
     assert vm.keys(0, 2) == b"\0\x20"
 
 
+@up_to_6_19
+@pytest.mark.parametrize("first", [0, 1, SEGMENT - 1])
+def test_up_to_6_19_a_segment_touched_before_keys_are_enabled_has_just_the_keys_that_are_set(
+    keyless_vm: MakeVm, first: int
+) -> None:
+    vm = keyless_vm((0, 3))
+    keys = (bytes(first) + b"\x38" * (SEGMENT - first)) * 2
+    for segment in range(2):
+        vm.touch(segment * SEGMENT + first, write=False)
+    vm.accept(0, keys)
+    assert vm.keys(0, 3 * SEGMENT) == keys + bytes(SEGMENT)
+
+
+@up_to_6_19
+def test_up_to_6_19_a_segment_touched_once_keys_are_enabled_has_just_the_keys_that_are_set(make_vm: MakeVm) -> None:
+    vm = make_vm((0, 2))
+    vm.touch(7, write=False)
+    vm.accept(7, b"\x10" * SEGMENT)
+    assert vm.keys(0, 2 * SEGMENT) == bytes(7) + b"\x10" * (SEGMENT - 7) + b"\0" + b"\x10" * 6 + bytes(SEGMENT - 7)
+
+
 @since_7_0
 def test_since_7_0_no_key_is_lost(make_vm: MakeVm) -> None:
     vm = make_vm((0, 8))

@@ -28,6 +28,16 @@ def test_up_to_6_19_set_brings_in_a_page_for_each_key_that_it_loses(make_vm: Mak
     assert subject.shared.play(Resident(vm.number)) == [Answer(2)]
 
 
+@real_up_to_6_19
+def test_up_to_6_19_set_brings_in_no_page_where_one_was_read_before(make_vm: MakeVm, subject: Subject) -> None:
+    vm = make_vm((0, 4))
+    for segment in range(2):
+        vm.touch(segment * SEGMENT, write=False)
+    assert subject.shared.play(Resident(vm.number)) == [Answer(2)]
+    vm.accept(0, b"\x10" * 2 * SEGMENT)
+    assert subject.shared.play(Resident(vm.number)) == [Answer(2)]
+
+
 @real_since_7_0
 def test_since_7_0_set_brings_in_no_page(make_vm: MakeVm, subject: Subject) -> None:
     vm = make_vm((0, 4))

@@ -55,18 +55,22 @@ class EmulatedHost:
         cpus: int = 1,
         systemd: bool = False,
         append: str = "",
+        counts_instructions: bool = False,
         boot_timeout: float | None = None,
     ) -> None:
         """Prepare a host that boots an image that is built.
 
         `memory` is QEMU's -m; `systemd` boots with systemd as the first process, in three times the time;
-        `append` goes at the kernel command line's end; `boot_timeout` is in seconds.
+        `append` goes at the kernel command line's end; `boot_timeout` is in seconds. With `counts_instructions` the
+        host's clock goes on by 4 ns an instruction, and not while it idles: what takes how long inside is then the
+        same whatever else this machine does. One CPU at a time runs.
         """
         self._image = image
         self._memory = memory
         self._cpus = cpus
         self._first = SYSTEMD if systemd else START
         self._append = append
+        self._clock = ("-icount", "shift=2,sleep=off") if counts_instructions else ()
         self._boot_timeout = boot_timeout or (SYSTEMD_BOOT_TIMEOUT if systemd else BOOT_TIMEOUT)
         self._machine: Machine | None = None
         self._kernel = ""
@@ -231,7 +235,7 @@ class EmulatedHost:
         return [
             *qemu.command(self._image.suite),
             *("-machine", "s390-ccw-virtio,accel=tcg", "-cpu", "max"),
-            *("-smp", str(self._cpus), "-m", self._memory),
+            *("-smp", str(self._cpus), "-m", self._memory, *self._clock),
             *("-nodefaults", "-display", "none", "-no-reboot"),
             *("-kernel", str(self._image.kernel), "-initrd", initrd, "-append", " ".join(arguments)),
             *("-chardev", "stdio,id=console,signal=off", "-device", "sclpconsole,chardev=console"),

@@ -13,7 +13,7 @@ import pytest
 
 from skeyd.kvm.errors import ClosedError
 from skeyd.kvm.memory import GuestMemory
-from tests.kvm.maps import mapped_bytes, mappings
+from tests.kvm.maps import mapped_bytes, mappings, pages_present
 
 MIB = 1 << 20
 
@@ -33,6 +33,11 @@ def make(request: pytest.FixtureRequest, path: Path) -> Callable[[int], GuestMem
         "memfd": GuestMemory.memfd,
         "file": lambda size: GuestMemory.file(str(path), size),
     }[request.param]
+
+
+def behind(memory: GuestMemory) -> str:
+    """Return the path of the file that is mapped."""
+    return next(one.path for one in mappings() if one.start <= memory.address < one.end)
 
 
 def _guarded() -> set[tuple[int, int]]:
@@ -98,6 +103,44 @@ def test_a_size_that_is_no_multiple_of_a_segment_is_refused(make: Callable[[int]
     with pytest.raises((ValueError, OSError), match=r"multiple of 1048576 bytes|Invalid argument"):
         make(size)
     assert _guarded() == before
+
+
+@pytest.mark.parametrize("count", [1, 1024, 1025])
+def test_touching_brings_in_the_pages_that_were_named(
+    make: Callable[[int], GuestMemory], path: Path, count: int
+) -> None:
+    os.truncate(path, 16 * MIB)
+    with make(16 * MIB) as memory:
+        assert memory.touch([]) == 0
+        named = [2 * number + 1 for number in range(count)]
+        assert memory.touch([page * mmap.PAGESIZE + page % mmap.PAGESIZE for page in named]) == count
+        present = [page for page, there in enumerate(pages_present(memory.address, memory.size)) if there]
+        # Of a file the kernel reads more than it is asked for, and maps what it has.
+        assert set(named) <= set(present)
+        assert present == named or behind(memory) == str(path)
+        assert not any(memory.view())
+
+
+@pytest.mark.parametrize("offset", [-1, MIB])
+def test_what_is_not_in_the_memory_is_not_touched(make: Callable[[int], GuestMemory], offset: int) -> None:
+    with make(MIB) as memory:
+        with pytest.raises(ValueError, match="not within 1048576 bytes"):
+            memory.touch([0, offset])
+        assert not any(pages_present(memory.address, memory.size))
+
+
+def test_touching_stops_where_a_file_was_cut_and_kills_nobody(path: Path) -> None:
+    with GuestMemory.file(str(path), 4 * MIB) as memory:
+        os.truncate(path, 2 * MIB)
+        assert memory.touch(range(0, 4 * MIB, MIB)) == 2
+        assert memory.touch([3 * MIB]) == 0
+
+
+def test_touching_closed_memory_is_refused(make: Callable[[int], GuestMemory]) -> None:
+    memory = make(MIB)
+    memory.close()
+    with pytest.raises(ClosedError):
+        memory.touch([0])
 
 
 def test_anonymous_memory_is_private_and_untouched_memory_costs_nothing() -> None:

@@ -27,6 +27,10 @@ class Recording:
         self.calls.append(("get", GfnRange(start_gfn, buffer.nbytes)))
         return self.vm.get_skeys(start_gfn, buffer)
 
+    def prepare_set(self, start_gfn: int, keys: bytes | bytearray) -> None:
+        """Write it down only."""
+        self.calls.append(("prepare", GfnRange(start_gfn, len(keys))))
+
     def set_skeys(self, start_gfn: int, buffer: memoryview) -> None:
         """As the ioctl."""
         self.calls.append(("set", GfnRange(start_gfn, buffer.nbytes)))

@@ -17,7 +17,7 @@ from skeyd.kvm.system import Kvm
 from skeyd.kvm.vm import Vm
 from skeyd.worker.owned import OwnedVm
 from skeyd.worker.protocol import SlotSpec
-from tests.kvm.maps import mapped_bytes, mappings
+from tests.kvm.maps import mapped_bytes, mappings, pages_present
 from tests.worker.specs import MIB, owned, slot
 
 
@@ -168,6 +168,22 @@ def test_whether_there_is_keyop_is_what_the_kernel_says(capability: int) -> None
     assert vm.has_keyop is bool(capability)
     assert vm.keyop(3, 0x10, 0x38) == 3 << 16 | 0x10 << 8 | 0x38
     vm.close()
+
+
+@pytest.mark.parametrize("keyop", [0, 1])
+def test_page_tables_are_made_before_a_set_where_the_kernel_is_from_before_keyop(keyop: int) -> None:
+    kvm = FakeKvm(keyop=keyop)
+    vm = OwnedVm(owned(*SLOTS), _opens(kvm))
+    try:
+        keys = bytes(300) + b"\x10" * 212
+        vm.prepare_set(1024, keys)
+        assert kvm.vm.calls == []
+        there = {at: pages_present(start, size) for at, (_, at, start, size) in enumerate(kvm.vm.slots)}
+        assert [(at, page) for at, pages in there.items() for page, one in enumerate(pages) if one] == (
+            [] if keyop else [(4 * MIB, 300)]
+        )
+    finally:
+        vm.close()
 
 
 def test_memory_is_unmapped_after_the_vm_is_closed() -> None:
