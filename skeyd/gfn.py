@@ -92,6 +92,13 @@ class Ranges(Sequence[GfnRange]):
             yield GfnRange(gfn, end - gfn), inside
             gfn = end
 
+    def shared(self, wanted: Iterable[GfnRange]) -> Iterator[GfnRange]:
+        """Cut each of `wanted` down to its frames that a range holds; ascending and apart as those are."""
+        for one in wanted:
+            for part, inside in self.split(one):
+                if inside:
+                    yield part
+
 
 @dataclass(frozen=True, slots=True)
 class MemorySlot:

@@ -10,6 +10,13 @@ MAX_CHUNK_KEYS: Final = 1_048_576
 DEFAULT_CHUNK_KEYS: Final = 262_144
 """Keys in a chunk of GetSkeys where the request doesn't say: one slice."""
 
+DEFAULT_SLICE_SECONDS: Final = 0.010
+"""How long one ioctl may keep the kernel's lock, about, where a request doesn't say. The guest's own storage-key
+instructions that need the host wait for it."""
+
+MAX_SLICE_SECONDS: Final = 1.0
+"""The same where a request asks for more. A slice is never over 262,144 keys, whatever it may take."""
+
 MAX_RANGES: Final = 16_384
 """Most ranges in a request; as many fit into some 300 KiB."""
 
@@ -20,7 +27,7 @@ MAX_CALLS: Final = 256
 """Most calls at once, those that wait for a thread included; grpcio refuses one more by itself."""
 
 MAX_KEY_STREAMS: Final = 16
-"""Most GetSkeys and SetSkeys at once; one more is refused."""
+"""Most GetSkeys, SetSkeys, DigestSkeys and SummarizeSkeys at once; one more is refused."""
 
 MAX_WATCHES: Final = 16
 """Most health watches and reflection streams at once; one more is refused."""

@@ -49,6 +49,11 @@ def lock_is_held(fd: int) -> bool:
     return False
 
 
+def open_unnamed(directory_fd: int) -> int:
+    """Open a new file that has no name, in a directory; it is gone when it is closed, however that comes about."""
+    return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=directory_fd)
+
+
 def sealed_memfd(name: str, size: int) -> int:
     """Make a memfd of `size` bytes that nobody can cut or grow, so that no reader of a mapping can meet a SIGBUS."""
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)

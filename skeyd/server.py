@@ -20,13 +20,14 @@ import grpc
 import structlog
 
 import skeyd
-from skeyd import limits, logs
+from skeyd import limits, logs, malloc
 from skeyd.linux import signals_by_socket
 from skeyd.paths import default_runtime_dir
 from skeyd.rpc.calls import CallInterceptor
 from skeyd.rpc.health import SERVICE as HEALTH
 from skeyd.rpc.health import Health
 from skeyd.rpc.host_service import HostService
+from skeyd.rpc.messages import set_skeys_request
 from skeyd.rpc.reflection import VERSIONS, Reflection, service_name
 from skeyd.rpc.slots import CallSlots
 from skeyd.rpc.storage_key_service import StorageKeyService
@@ -97,7 +98,7 @@ class Daemon:
         self._host = HostService(self._registry)
         self._pools = {
             **dict.fromkeys(
-                (f"/{names[1]}/GetSkeys", f"/{names[1]}/SetSkeys"),
+                [f"/{names[1]}/{name}" for name in ("GetSkeys", "SetSkeys", "DigestSkeys", "SummarizeSkeys")],
                 ThreadPoolExecutor(limits.MAX_KEY_STREAMS + limits.SPARE_THREADS, "keys"),
             ),
             f"/{HEALTH}/Check": ThreadPoolExecutor(limits.SPARE_THREADS, "health"),
@@ -105,7 +106,7 @@ class Daemon:
         }
         for version in VERSIONS:
             self._pools[f"/{service_name(version)}/"] = self._pools[f"/{HEALTH}/Watch"]
-        self._interceptor = CallInterceptor(log, self._pool_of)
+        self._interceptor = CallInterceptor(log, self._pool_of, {f"/{names[1]}/SetSkeys": set_skeys_request})
         self._servers: list[grpc.Server] = []
         self.addresses: list[str] = []
         """Where it listens, as gRPC targets."""
@@ -279,6 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the daemon until SIGTERM or SIGINT. Exits 0 then, EXIT_UNUSABLE where it can't begin."""
     settings = parse(arguments)
     log = logs.configure(settings.log_format)
+    malloc.tune()
     # Each connection and each worker that is asked takes a descriptor; the usual soft limit of 1,024 is for select().
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, _DESCRIPTORS), most))

@@ -29,6 +29,7 @@ STABLE_MASK = ACC_MASK | FETCH_PROTECTION
 
 _RUN = re.compile(rb"(.)\1*", re.DOTALL)
 _MARKS = b"\0" + b"\1" * 255
+_BLOCK = 65_536
 _VALID_KEYS = bytes(key for key in range(256) if not key & RESERVED)
 
 
@@ -65,19 +66,41 @@ class StorageKey:
         )
 
 
-def first_reserved(keys: bytes | bytearray) -> int | None:
+def first_reserved(keys: bytes | bytearray | memoryview) -> int | None:
     """Index of the first byte with the reserved bit, or None. Fast on the good case: one pass in C."""
+    if isinstance(keys, memoryview):
+        # In blocks, so that what translate needs copies of stays in the processor's cache.
+        for at in range(0, len(keys), _BLOCK):
+            bad = first_reserved(bytes(keys[at : at + _BLOCK]))
+            if bad is not None:
+                return at + bad
+        return None
     if not keys.translate(None, _VALID_KEYS):
         return None
     return next(index for index, key in enumerate(keys) if key & RESERVED)
 
 
-def differing_runs(one: bytes | bytearray, other: bytes | bytearray) -> list[tuple[int, int]]:
-    """Where two equally long key arrays differ in ACC or F: (index, length) of each run, ascending."""
+def only_key(keys: bytes | memoryview) -> int | None:
+    """Return the key that all of at least one frame have, or None where they differ; mostly without a look at all."""
+    count, first = len(keys), bytes(keys[:1])
+    if keys[-1] != first[0] or keys[count // 2] != first[0]:
+        return None
+    # In blocks: comparisons of bytes in place, and what a view's must be copied for stays in the processor's cache.
+    block = first * min(count, _BLOCK)
+    whole = count - count % len(block)
+    if isinstance(keys, memoryview):
+        same = all(bytes(keys[at : at + _BLOCK]) == block for at in range(0, whole, _BLOCK))
+        return first[0] if same and bytes(keys[whole:]) == block[: count - whole] else None
+    same = all(keys.startswith(block, at) for at in range(0, whole, _BLOCK))
+    return first[0] if same and keys.startswith(block[: count - whole], whole) else None
+
+
+def differing_runs(one: bytes | bytearray, other: bytes | bytearray, mask: int = STABLE_MASK) -> list[tuple[int, int]]:
+    """Where two equally long key arrays differ in a bit of the mask: (index, length) of each run, ascending."""
     if one == other:
         return []
     left, right = _as_numbers(one, other)
-    return _nonzero_runs((left ^ right) & _every(STABLE_MASK, len(one)), len(one))
+    return _nonzero_runs((left ^ right) & _every(mask, len(one)), len(one))
 
 
 def lost_runs(wanted: bytes | bytearray, found: bytes | bytearray) -> list[tuple[int, int]]:

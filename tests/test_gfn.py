@@ -141,6 +141,16 @@ def test_a_split_is_what_looking_at_every_frame_finds(given_: tuple[list[GfnRang
     assert list(Ranges(ranges).split(wanted)) == expected
 
 
+@given(_ascending(), _ascending())
+@settings(max_examples=examples(120), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_what_two_share_are_the_frames_that_both_have(ranges: list[GfnRange], wanted: list[GfnRange]) -> None:
+    shared = Ranges(Ranges(ranges).shared(wanted))  # ascending and apart
+
+    frames = [gfn for one in shared for gfn in range(one.start, one.end)]
+    assert frames == [gfn for one in wanted for gfn in range(one.start, one.end) if _holder(ranges, gfn)]
+    assert all(_holder(wanted, one.start) == _holder(wanted, one.end - 1) for one in shared)
+
+
 def test_splitting_everything_there_is_takes_no_longer_than_its_edges() -> None:
     parts = list(Ranges([GfnRange(1, 1), GfnRange(LIMIT - 1, 1)]).split(GfnRange(0, LIMIT)))
     assert parts == [

@@ -51,7 +51,7 @@ def test_every_call_leaves_one_line_with_what_it_was_about(shared_daemon: Daemon
     assert lines[2]["keys"] == 512
 
 
-def test_a_refused_call_is_a_warning_with_its_reason_and_how_far_it_came(
+def test_a_refused_call_is_a_warning_with_its_reason_and_what_became_of_it(
     shared_daemon: DaemonProcess, stubs: Stubs
 ) -> None:
     name = stubs.create(new_id(), (0, 1)).name
@@ -59,7 +59,7 @@ def test_a_refused_call_is_a_warning_with_its_reason_and_how_far_it_came(
         stubs.send(header(name, (0, 16), allow_enable=True), chunk(0, b"\x10" * 8), chunk(0, b"\x10"))
         line = shared_daemon.wait_for_line("rpc", vm=name, code="INVALID_ARGUMENT")
         assert (line["level"], line["reason"], line["keys"]) == ("warning", "CHUNK_OUT_OF_ORDER", 8)
-        assert line["metadata"] == {"gfn": "0x0", "next_gfn": "0x8", "keys_set": "8", "enabled": "true"}
+        assert line["metadata"] == {"gfn": "0x0", "outcome": "ROLLED_BACK", "enabled": "true"}
         assert "0x8" in line["error"]
     finally:
         stubs.delete(name)

@@ -22,7 +22,7 @@ from skeyd.v1 import vm_pb2, vm_service_pb2
 from tests.daemon import DaemonProcess, start_in_vain
 from tests.processes import wait_for_end
 from tests.rpc.standard_services import NOT_SERVING, SERVING, check, watch
-from tests.rpc.stubs import SECONDS, SetStream, Stubs, chunk, commit, header, refusal, refused, some_keys, whole
+from tests.rpc.stubs import KEEP, SECONDS, SetStream, Stubs, chunk, commit, header, refusal, refused, some_keys, whole
 
 LARGE = 4 << 20
 """MiB of a guest whose keys no buffers hold: a stream of them ends when its reader lets it."""
@@ -286,9 +286,11 @@ def test_a_daemon_that_is_killed_in_the_middle_of_everything_finds_the_same_vms_
         stubs.set("vms/web", [(0, keys[:512]), (2048, keys[512:])])
         stubs.set("vms/db", [(0, b"\x10" * 512)])
         before = stubs.vms.ListVms(vm_service_pb2.ListVmsRequest(), timeout=SECONDS).vms
-        with SetStream(stubs) as writing:
-            writing.send(header("vms/db", (0, 16)))
+        with SetStream(stubs) as writing, SetStream(stubs) as keeping:
+            writing.begin("vms/db", (0, 16), request_id="rolled-back")
             writing.ask(chunk(0, b"\xf8" * 8))
+            keeping.begin("vms/web", (0, 16), on_interrupt=KEEP, request_id="kept")
+            keeping.ask(chunk(0, b"\xf8" * 8))
             daemon.kill()
             with pytest.raises(grpc.RpcError) as caught:
                 next(writing.call)
@@ -297,13 +299,26 @@ def test_a_daemon_that_is_killed_in_the_middle_of_everything_finds_the_same_vms_
     assert (daemon.runtime_dir / "skeyd.sock").exists(), "a stale socket is in the way of the next one"
     daemon.start()
     with Stubs(daemon.target) as stubs:
+        # The workers have taken back by themselves what was not to be kept, and say so to a daemon that knew nothing.
+        last = stubs.settled("vms/db")
+        assert (last.outcome, last.request_id, last.keys_set) == (vm_pb2.WRITE_OUTCOME_ROLLED_BACK, "rolled-back", 8)
+        last = stubs.settled("vms/web")
+        assert (last.outcome, last.request_id, last.next_gfn) == (vm_pb2.WRITE_OUTCOME_KEPT, "kept", 8)
         after = stubs.vms.ListVms(vm_service_pb2.ListVmsRequest(), timeout=SECONDS).vms
-        assert after == before, "uid, incarnation, pid and all"
+        assert [without_last_write(vm) for vm in after] == [without_last_write(vm) for vm in before], "uid, pid and all"
         assert [vm.state for vm in after] == [vm_pb2.VM_STATE_READY] * 3
-        assert stubs.get("vms/web").keys == keys
-        # What the broken stream had set is set, and what it locked is free.
-        assert stubs.get("vms/db", (0, 512)).keys == b"\xf8" * 8 + b"\x10" * 504
+        # What the broken streams locked is free.
+        assert stubs.get("vms/db", (0, 512)).keys == b"\x10" * 512
         assert stubs.set("vms/db", [(0, b"\x20" * 16)]).keys_set == 16
+        assert stubs.get("vms/web").keys == b"\xf8" * 8 + keys[8:]
+        resumed, error = stubs.send(
+            header("vms/web", (0, 16), on_interrupt=KEEP, request_id="kept", resume=True),
+            chunk(8, keys[8:16]),
+            commit(),
+        )
+        assert error is None
+        assert (resumed[0].begun.next_gfn, resumed[-1].result.keys_set) == (8, 16)
+        assert stubs.get("vms/web").keys == b"\xf8" * 8 + keys[8:]
         assert not stubs.get("vms/idle").header.uses_storage_keys
         for vm in after:
             stubs.delete(vm.name)
@@ -321,7 +336,7 @@ def test_a_worker_that_dies_takes_its_own_vm_with_it_and_no_other(daemon: Daemon
         reading = stubs.keys.GetSkeys(pb.GetSkeysRequest(vm=doomed.name), timeout=SECONDS)
         assert next(reading).header.uses_storage_keys
         with SetStream(stubs) as writing:
-            writing.send(header(doomed.name, (0, 16)))
+            writing.begin(doomed.name, (0, 16))
             writing.ask(chunk(0, b"\x20" * 8))
             pidfd = os.pidfd_open(doomed.worker_pid)
             try:
@@ -331,7 +346,7 @@ def test_a_worker_that_dies_takes_its_own_vm_with_it_and_no_other(daemon: Daemon
                 os.close(pidfd)
             lost = refused(lambda: writing.ask(chunk(8, b"\x20" * 8)))
         assert (lost.code, lost.reason) == (grpc.StatusCode.UNAVAILABLE, "WORKER_LOST")
-        assert lost.metadata == {"vm": doomed.name, "next_gfn": "0x8", "keys_set": "8"}
+        assert lost.metadata == {"vm": doomed.name, "outcome": "UNKNOWN"}
         assert lost.retry_seconds == 1
 
         with pytest.raises(grpc.RpcError) as caught:
@@ -350,12 +365,20 @@ def test_a_worker_that_dies_takes_its_own_vm_with_it_and_no_other(daemon: Daemon
         assert refused(lambda: stubs.create("doomed", (0, 1))).reason == "VM_EXISTS"
 
         assert stubs.names() == [doomed.name, other.name]
-        assert stubs.look_at(other.name) == vm_with_keys(other)
+        assert without_last_write(stubs.look_at(other.name)) == vm_with_keys(other)
         assert stubs.get(other.name).keys == b"\x38" * 256
 
         stubs.delete(doomed.name)
         assert stubs.names() == [other.name]
         assert stubs.create("doomed", (0, 1)).uid != doomed.uid
+
+
+def without_last_write(vm: vm_pb2.Vm) -> vm_pb2.Vm:
+    """Return what else is known of a VM."""
+    bare = vm_pb2.Vm()
+    bare.CopyFrom(vm)
+    bare.ClearField("last_write")
+    return bare
 
 
 def vm_with_keys(vm: vm_pb2.Vm) -> vm_pb2.Vm:
@@ -423,7 +446,7 @@ def test_running_streams_may_end_after_sigterm_and_new_calls_are_refused(daemon:
         responses = stubs.keys.GetSkeys(pb.GetSkeysRequest(vm=vm.name), timeout=SECONDS)
         first = next(responses)
         with SetStream(stubs) as writing:
-            writing.send(header(vm.name, (0, 16)))
+            writing.begin(vm.name, (0, 16))
             writing.ask(chunk(0, b"\x20" * 8))
 
             daemon.terminate()
@@ -456,7 +479,7 @@ def test_streams_that_nobody_reads_are_cut_when_the_time_is_up(daemon: DaemonPro
         watching = watch(stubs.channel)
         assert next(watching).status == SERVING
         with SetStream(stubs) as silent:
-            silent.send(header(vm.name, (0, 16)))
+            silent.begin(vm.name, (0, 16))
             silent.ask(chunk(0, b"\x20" * 8))
 
             began = time.monotonic()
@@ -469,7 +492,8 @@ def test_streams_that_nobody_reads_are_cut_when_the_time_is_up(daemon: DaemonPro
     assert daemon.worker_pid("web") == vm.worker_pid
     daemon.start()
     with Stubs(daemon.target) as stubs:
-        assert stubs.get(vm.name, (0, 16)).keys == b"\x20" * 8 + b"\x10" * 8
+        assert stubs.settled(vm.name).outcome == vm_pb2.WRITE_OUTCOME_ROLLED_BACK
+        assert stubs.get(vm.name, (0, 16)).keys == b"\x10" * 16
 
 
 def test_sigterm_is_heeded_at_whatever_moment_it_comes(runtime_dir: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from skeyd import storage_key
-from skeyd.storage_key import StorageKey, differing_runs, first_reserved, lost_runs, runs_of_equal
+from skeyd.storage_key import StorageKey, differing_runs, first_reserved, lost_runs, only_key, runs_of_equal
 from tests.examples import examples
 
 # Few values and long runs: neighbours that are equal are what the run functions are about.
@@ -148,7 +148,9 @@ def test_lost_runs_are_what_a_comparison_key_by_key_finds(keys: bytes, changes: 
 @given(_KEYS)
 @settings(max_examples=examples(50), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_keys_that_differ_in_referenced_and_changed_only_are_the_same(keys: bytes) -> None:
-    assert differing_runs(keys, bytes(key ^ 0x06 for key in keys)) == []
+    other = bytes(key ^ 0x06 for key in keys)
+    assert differing_runs(keys, other) == []
+    assert differing_runs(keys, other, 0xFE) == ([(0, len(keys))] if keys else [])
 
 
 def test_referenced_and_changed_that_came_along_are_no_loss_and_those_that_went_are() -> None:
@@ -176,3 +178,35 @@ def test_runs_of_equal_keys_join_back_to_the_keys_and_are_as_long_as_can_be(keys
     assert [start for start, _, _ in runs] == [sum(count for _, count, _ in runs[:at]) for at in range(len(runs))]
     assert all(one[2] != other[2] for one, other in itertools.pairwise(runs))
     assert runs_of_equal(bytearray(keys)) == runs
+
+
+@pytest.mark.parametrize(
+    ("keys", "only"),
+    [
+        (b"\x10", 0x10),
+        (bytes(1000), 0),
+        (b"\xfe" * 1000, 0xFE),
+        (b"\x10\x20", None),
+        (b"\x10" * 999 + b"\x20", None),
+        (b"\x20" + b"\x10" * 999, None),
+        (b"\x10" * 300 + b"\x20" + b"\x10" * 699, None),
+        (b"\x10" * 500 + b"\x20" + b"\x10" * 499, None),
+        (b"\x10" * 200_000, 0x10),
+        (b"\x10" * 131_072, 0x10),
+        (b"\x10" * 65_530 + b"\x20" + b"\x10" * 134_469, None),
+        (b"\x10" * 199_990 + b"\x20" + b"\x10" * 9, None),
+    ],
+)
+def test_keys_that_are_all_one_are_told_from_others(keys: bytes, only: int | None) -> None:
+    assert only_key(keys) == only
+    assert only_key(memoryview(keys)) == only
+
+
+def test_a_reserved_bit_is_found_in_a_view_too() -> None:
+    assert first_reserved(memoryview(b"\x10\x11")) == 1
+    assert first_reserved(memoryview(b"\x10\x10")) is None
+    assert first_reserved(memoryview(b"\x10" * 200_000)) is None
+    for at in (0, 65_535, 65_536, 199_999):
+        keys = bytearray(b"\x10" * 200_000)
+        keys[at] = 0xFF
+        assert first_reserved(memoryview(keys)) == at

@@ -22,9 +22,11 @@ def errors() -> str:
         "Every error that skeyd itself raises has a gRPC status and, in its details, a `google.rpc.ErrorInfo` with",
         f"domain `{DOMAIN}`, one of these reasons, and metadata: the gfn, the VM, the remedy. Reasons are stable;",
         "messages are not. Errors that pass by themselves also carry `google.rpc.RetryInfo`.\n",
-        "A failed SetSkeys says in its metadata how far it came: all frames of the request before `next_gfn` are set",
-        "and verified (`keys_set` of them), `uncertain` is the slice in which the kernel stopped, if it did, and `enabled`",
-        "that the guest uses storage keys since. One that was refused by its header set nothing and has none of these.\n",
+        "A failed SetSkeys says in its metadata what became of the keys, as `outcome`: `UNCHANGED`; `ROLLED_BACK`, the old",
+        "keys are set again and verified; `DIRTY`, the kernel refused some of the old keys, and `dirty` has the first of",
+        "these frames (GetVm's `last_write` has all); `KEPT`, as the request wanted, and `next_gfn`, `keys_set` and `crc32`",
+        "say up to where, and `uncertain` which slice the kernel stopped in, if it did; `UNKNOWN`, since the worker is",
+        "gone or can't be asked. `enabled` says that the guest uses storage keys since.\n",
         "| reason | status | means | try again after |",
         "| --- | --- | --- | --- |",
     ]
@@ -35,7 +37,7 @@ def errors() -> str:
         "",
         "A few errors come from gRPC itself and have no details: `UNIMPLEMENTED` for a method that there is not,",
         "`RESOURCE_EXHAUSTED` for a message or a number of calls beyond the [limits](limits.md), `CANCELLED` for a stream",
-        "that its client let stand still for too long (what a SetSkeys had set by then stays set; read it back), and the",
+        "that its client let stand still for too long (a SetSkeys is then rolled back as ever), and the",
         "health service's `NOT_FOUND`. Anything else is `INTERNAL` without details: a mistake in skeyd, with a traceback",
         "in the daemon's log.",
     ]

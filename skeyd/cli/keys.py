@@ -17,23 +17,23 @@ from skeyd.cli.interrupts import connect
 from skeyd.cli.options import (
     KEY_HEADS,
     RANGE,
-    allow_enable_option,
     json_option,
     key_columns,
     key_of,
     key_options,
+    set_options,
     show_json,
     vm_name,
 )
-from skeyd.client import Gap, Keys, KeyStream, SetResult, Snapshot, write_snapshot
-from skeyd.client.keys import repeated
+from skeyd.client import Gap, Keys, KeyStream, SetOptions, SetResult, Snapshot, write_snapshot
+from skeyd.client.writing import repeated
 from skeyd.gfn import GfnRange, Ranges
 from skeyd.storage_key import StorageKey, runs_of_equal
 
 
 @click.group()
 def keys() -> None:
-    """Get, set, dump and load storage keys.
+    """Get, set, dump, load, count and compare storage keys.
 
     A RANGE of guest frames is FIRST-LAST, FIRST+COUNT or one gfn, decimal or 0x…: 0x100-0x1ff is 256 frames.
     """
@@ -67,15 +67,15 @@ def get(target: str, vm_id: str, ranges: tuple[GfnRange, ...], as_json: bool) ->
 @click.argument("vm_id", metavar="VM")
 @click.argument("ranges", metavar="RANGE...", type=RANGE, nargs=-1, required=True)
 @key_options
-@allow_enable_option
+@set_options
 @json_option
 @click.pass_obj
 def set_(
-    target: str, /, vm_id: str, ranges: tuple[GfnRange, ...], allow_enable: bool, as_json: bool, **options: Any
+    target: str, /, vm_id: str, ranges: tuple[GfnRange, ...], how: SetOptions, as_json: bool, **options: Any
 ) -> None:
-    """Give every frame of RANGEs one key, and verify it."""
+    """Give every frame of RANGEs one key, and verify it. All get it, or none."""
     wanted = Ranges(ranges)
-    result = _set(target, vm_id, wanted, repeated(key_of(**options), wanted), allow_enable)
+    result = _set(target, vm_id, wanted, repeated(key_of(**options), wanted), how)
     _show_result(vm_name(vm_id), result, as_json)
 
 
@@ -103,16 +103,16 @@ def dump(target: str, vm_id: str, file: Path, ranges: tuple[GfnRange, ...], as_j
 @keys.command()
 @click.argument("vm_id", metavar="VM")
 @click.argument("file", type=click.Path(path_type=Path))
-@allow_enable_option
+@set_options
 @json_option
 @click.pass_obj
-def load(target: str, vm_id: str, file: Path, allow_enable: bool, as_json: bool) -> None:
-    """Set the keys that `dump` saved in FILE. The whole file is checked before the first key is set."""
+def load(target: str, vm_id: str, file: Path, how: SetOptions, as_json: bool) -> None:
+    """Set the keys that `dump` saved in FILE, all or none. The whole file is checked before the first key is set."""
     with Snapshot(file) as snapshot:
         ranges = snapshot.verify()
         if not snapshot.uses_storage_keys:
             raise click.UsageError(f"{file} was taken from a guest that uses no storage keys; there is nothing to load")
-        result = _set(target, vm_id, ranges, snapshot.keys(), allow_enable)
+        result = _set(target, vm_id, ranges, snapshot.keys(), how)
     _show_result(vm_name(vm_id), result, as_json)
 
 
@@ -126,14 +126,17 @@ def _replaceable(file: Path) -> Path:
     return place
 
 
-def _set(target: str, vm_id: str, ranges: Ranges, chunks: Iterable[Keys], allow_enable: bool) -> SetResult:
+def _set(target: str, vm_id: str, ranges: Ranges, chunks: Iterable[Keys], how: SetOptions) -> SetResult:
     with connect(target) as client, _progress("setting", ranges.frames()) as told:
-        return client.set_skeys(vm_name(vm_id), ranges, chunks, allow_enable=allow_enable, progress=told)
+        return client.set_skeys(vm_name(vm_id), ranges, chunks, how, progress=told)
 
 
 def _show_result(name: str, result: SetResult, as_json: bool) -> None:
     if as_json:
         show_json({"vm": name, **asdict(result)})
+        return
+    if result.validated_only:
+        click.echo(f"{result.keys_set} keys for {name} checked; nothing was set")
         return
     click.echo(f"{result.keys_set} keys of {name} set and verified", nl=False)
     click.echo(f"; the kernel had lost {result.keys_repaired}, set again" if result.keys_repaired else "", nl=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
+from skeyd.client import SetOptions
 from skeyd.errors import SkeydError
 from skeyd.gfn import GfnRange
 from skeyd.storage_key import GFN_LIMIT, StorageKey
@@ -31,6 +33,56 @@ def allow_enable_option(function: _F) -> _F:
     """Add --allow-enable."""
     return click.option(
         "--allow-enable", is_flag=True, help="Make a guest use storage keys that doesn't. It can't be undone."
+    )(function)
+
+
+def set_options(function: _F) -> _F:
+    """Add the options that say how keys are set; the function gets them as one SetOptions, `how`."""
+
+    @functools.wraps(function)
+    def with_how(
+        *arguments: Any,
+        allow_enable: bool,
+        keep: bool,
+        validate_only: bool,
+        request_id: str,
+        resume: bool,
+        **others: Any,
+    ) -> Any:
+        if resume and not request_id:
+            raise click.UsageError("--resume goes on with a --request-id")
+        how = SetOptions(allow_enable, keep or resume, validate_only, request_id, resume)
+        return function(*arguments, how=how, **others)
+
+    wrapped: Any = with_how
+    for option in reversed(
+        (
+            click.option("--keep", is_flag=True, help="What was set stays when it is cut; else it is rolled back."),
+            click.option("--validate-only", is_flag=True, help="Check everything and change nothing."),
+            click.option(
+                "--request-id",
+                default="",
+                metavar="ID",
+                help="A name for this request, as a UUID: sent again it is not applied again.",
+            ),
+            click.option(
+                "--resume",
+                is_flag=True,
+                help="Go on with the request of this ID that was cut and kept. Implies --keep.",
+            ),
+        )
+    ):
+        wrapped = option(wrapped)
+    done: _F = allow_enable_option(wrapped)
+    return done
+
+
+def with_referenced_changed_option(function: _F) -> _F:
+    """Add --with-referenced-changed."""
+    return click.option(
+        "--with-referenced-changed",
+        is_flag=True,
+        help="Cover the referenced and changed bits too, which change as a guest runs.",
     )(function)
 
 

@@ -13,9 +13,11 @@ import grpc
 
 import skeyd
 from skeyd.cli import interrupts
+from skeyd.cli.digests import EXIT_DIFFERENT, compare, digest
 from skeyd.cli.host import host
 from skeyd.cli.key import key
 from skeyd.cli.keys import keys
+from skeyd.cli.summary import summary
 from skeyd.cli.vm import vm
 from skeyd.client import ClientError, SnapshotError, StreamError
 from skeyd.errors import SkeydError
@@ -43,6 +45,7 @@ Exit codes:
   {EXIT_UNREACHABLE:>3}  the daemon can't be reached
   {EXIT_DAMAGED:>3}  keys or a file don't match their checksums, or are cut off
   {EXIT_FILE:>3}  a file can't be read or written
+  {EXIT_DIFFERENT:>3}  `keys compare` found a difference
   {EXIT_INTERRUPTED:>3}  interrupted; 143 by SIGTERM, 129 by SIGHUP
 
 \b
@@ -52,7 +55,18 @@ Examples:
   skeyctl keys get web
   skeyctl key get web 0x80
   skeyctl keys dump web web.skeys
+  skeyctl keys compare web web.skeys
 """
+
+
+_OUTCOMES: Final = {
+    "UNCHANGED": "no key was changed",
+    "ROLLED_BACK": "the old keys are set again and verified",
+    "DIRTY": "the old keys could not be set again everywhere",
+    "KEPT": "what was set stays; --resume goes on",
+    "UNKNOWN": "nobody knows what was set; `skeyctl vm show` may",
+}
+"""What became of the keys, by the outcome in the metadata of a refused SetSkeys."""
 
 
 class _Group(click.Group):
@@ -88,6 +102,9 @@ skeyctl.add_command(host)
 skeyctl.add_command(vm)
 skeyctl.add_command(key)
 skeyctl.add_command(keys)
+keys.add_command(digest)
+keys.add_command(compare)
+keys.add_command(summary)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -163,6 +180,9 @@ def _write(reason: str, message: str, metadata: dict[str, str], as_json: bool) -
         click.echo(json.dumps({"error": error}), err=True)
         return
     click.echo(f"skeyctl: {message} [{reason}]", err=True)
-    for name in ("next_gfn", "keys_set", "uncertain"):
+    outcome = metadata.get("outcome", "")
+    if outcome in _OUTCOMES:
+        click.echo(f"  {_OUTCOMES[outcome]}", err=True)
+    for name in ("dirty", "next_gfn", "keys_set", "uncertain"):
         if name in metadata:
             click.echo(f"  {name}: {metadata[name]}", err=True)

@@ -27,6 +27,9 @@ _SIMULATED = {
 }
 _STATES = {number: name.removeprefix("VM_STATE_").lower() for name, number in vm_pb2.VmState.items() if number}
 _YES_OR_NO: dict[bool | None, str] = {True: "yes", False: "no"}
+_WRITE_OUTCOMES = {
+    number: name.removeprefix("WRITE_OUTCOME_").lower() for name, number in vm_pb2.WriteOutcome.items() if number
+}
 
 
 @click.group()
@@ -112,6 +115,7 @@ def show(target: str, vm_id: str, as_json: bool) -> None:
         "incarnation": found.incarnation,
         "created": found.create_time.ToJsonString() if found.HasField("create_time") else "",
         "worker": f"pid {found.worker_pid}, skeyd {found.worker_version}" if found.worker_pid else "",
+        "last write": _last_write(found),
     }
     for name, value in lines.items():
         if value:
@@ -188,6 +192,7 @@ def _as_json(vm: vm_pb2.Vm) -> dict[str, Any]:
         "worker_version": vm.worker_version or None,
         "worker_pid": vm.worker_pid or None,
         "create_time": vm.create_time.ToJsonString() if vm.HasField("create_time") else None,
+        "last_write": _last_write_json(vm),
     }
 
 
@@ -219,3 +224,26 @@ def _size(size: int) -> str:
         if size >= unit and not size % unit:
             return f"{size // unit} {name}"
     return f"{size // (1 << 20)} MiB"
+
+
+def _last_write(vm: vm_pb2.Vm) -> str:
+    if not vm.HasField("last_write"):
+        return ""
+    last = vm.last_write
+    text = f"{_WRITE_OUTCOMES.get(last.outcome, 'unknown')}, {last.keys_set} keys were set"
+    if last.dirty:
+        text += "; dirty: " + ", ".join(str(GfnRange(one.start_gfn, one.count)) for one in last.dirty)
+    return text + (f"; request {last.request_id}" if last.request_id else "")
+
+
+def _last_write_json(vm: vm_pb2.Vm) -> dict[str, Any] | None:
+    if not vm.HasField("last_write"):
+        return None
+    last = vm.last_write
+    return {
+        "outcome": _WRITE_OUTCOMES.get(last.outcome),
+        "request_id": last.request_id or None,
+        "keys_set": last.keys_set,
+        "next_gfn": last.next_gfn if last.outcome == vm_pb2.WRITE_OUTCOME_KEPT else None,
+        "dirty": [{"start_gfn": one.start_gfn, "count": one.count} for one in last.dirty],
+    }

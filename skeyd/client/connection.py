@@ -9,18 +9,13 @@ from typing import Final, Self
 
 import grpc
 
-from skeyd.client.errors import ClientError, StreamError, client_error, translated
-from skeyd.client.keys import (
-    Keys,
-    KeyStream,
-    OneKey,
-    OneKeySet,
-    SetResult,
-    one_key,
-    one_key_set,
-    set_requests,
-    set_result,
-)
+from skeyd.client.digesting import Digest, digest_of, digest_request
+from skeyd.client.errors import ClientError, client_error, translated
+from skeyd.client.reading import Keys, KeyStream, Position, get_skeys_response
+from skeyd.client.single import OneKey, OneKeySet, one_key, one_key_set
+from skeyd.client.summary import VmSummary, summarize_request, summary_of
+from skeyd.client.writing import SetCall, SetOptions, SetResult, written
+from skeyd.encoding import codec
 from skeyd.gfn import GfnRange
 from skeyd.paths import default_target
 from skeyd.v1 import (
@@ -32,9 +27,15 @@ from skeyd.v1 import (
     vm_service_pb2,
     vm_service_pb2_grpc,
 )
+from skeyd.wire import ChunkMessage
+
+_KEY_SERVICE: Final = storage_key_service_pb2.DESCRIPTOR.services_by_name["StorageKeyService"].full_name
 
 UNARY_SECONDS: Final = 60.0
 """Deadline of a call that isn't a stream."""
+
+BULK_SECONDS: Final = 600.0
+"""Deadline of a call that reads all keys of a guest and answers in a word. When it passes the daemon stops reading."""
 
 
 def connect(target: str | None = None) -> Client:
@@ -54,6 +55,21 @@ class Client:
         self._host = host_service_pb2_grpc.HostServiceStub(channel)
         self._vms = vm_service_pb2_grpc.VmServiceStub(channel)
         self._keys = storage_key_service_pb2_grpc.StorageKeyServiceStub(channel)
+        # The two calls that carry keys have parsers and writers of their own (skeyd.wire).
+        self._get_skeys: grpc.UnaryStreamMultiCallable[
+            storage_key_service_pb2.GetSkeysRequest, storage_key_service_pb2.GetSkeysResponse | ChunkMessage
+        ] = channel.unary_stream(
+            f"/{_KEY_SERVICE}/GetSkeys",
+            request_serializer=storage_key_service_pb2.GetSkeysRequest.SerializeToString,
+            response_deserializer=get_skeys_response,
+        )
+        self._set_skeys: grpc.StreamStreamMultiCallable[
+            storage_key_service_pb2.SetSkeysRequest | bytes, storage_key_service_pb2.SetSkeysResponse
+        ] = channel.stream_stream(
+            f"/{_KEY_SERVICE}/SetSkeys",
+            request_serializer=written,
+            response_deserializer=storage_key_service_pb2.SetSkeysResponse.FromString,
+        )
 
     def host(self) -> host_service_pb2.Host:
         """Ask what the host can do."""
@@ -100,54 +116,101 @@ class Client:
             return was.was_referenced, was.was_changed
 
     @contextmanager
-    def get_skeys(self, vm: str, ranges: Iterable[GfnRange] = (), max_chunk_keys: int = 0) -> Iterator[KeyStream]:
-        """Read keys: `with client.get_skeys("vms/a") as stream: for part in stream: …`. Leaving it ends the call."""
+    def get_skeys(
+        self,
+        vm: str,
+        ranges: Iterable[GfnRange] = (),
+        max_chunk_keys: int = 0,
+        *,
+        encodings: Iterable[int] = codec.KNOWN,
+        resume: Position | None = None,
+        slice_seconds: float | None = None,
+    ) -> Iterator[KeyStream]:
+        """Read keys: `with client.get_skeys("vms/a") as stream: for part in stream: …`. Leaving it ends the call.
+
+        `resume` goes on with a stream that was cut, at its `position`; all else must be as it was then. `encodings` are
+        those of skeyd.encoding.codec that the daemon may choose from; none but RAW is cheapest on one's own machine.
+        `slice_seconds` is how long one ioctl may keep the kernel's lock, about, if not as long as the daemon says.
+        """
         request = storage_key_service_pb2.GetSkeysRequest(
             vm=vm,
             ranges=[vm_pb2.GfnRange(start_gfn=one.start, count=one.count) for one in ranges],
             max_chunk_keys=max_chunk_keys,
+            encodings=[storage_key_service_pb2.Encoding.Value(codec.NAMES[one]) for one in encodings],
         )
-        call = self._keys.GetSkeys(request)
+        if resume is not None:
+            request.resume.gfn = resume.gfn
+            request.resume.incarnation = resume.incarnation
+            request.resume.crc32 = resume.crc32
+        _set_slice(request, slice_seconds)
+        call = self._get_skeys(request)
         try:
-            yield KeyStream(call)
+            yield KeyStream(call, resume)
         finally:
             call.cancel()
+
+    def digest_skeys(
+        self,
+        vm: str,
+        ranges: Iterable[GfnRange] = (),
+        *,
+        with_referenced_changed: bool = False,
+        node: tuple[int, int] | None = None,
+        slice_seconds: float | None = None,
+        seconds: float = BULK_SECONDS,
+    ) -> Digest:
+        """Digest keys where they are. `node`: (level, first gfn) of a node of the tree; None: the root.
+
+        `slice_seconds` as in get_skeys; `seconds` is the deadline.
+
+        StreamError where the answer does not fit together.
+        """
+        request = digest_request(vm, ranges, with_referenced_changed, node)
+        _set_slice(request, slice_seconds)
+        with translated():
+            response = self._keys.DigestSkeys(request, timeout=seconds)
+        return digest_of(response, node, with_referenced_changed=with_referenced_changed)
+
+    def summarize_skeys(
+        self,
+        vm: str,
+        ranges: Iterable[GfnRange] = (),
+        *,
+        slice_seconds: float | None = None,
+        seconds: float = BULK_SECONDS,
+    ) -> VmSummary:
+        """Count keys where they are. StreamError where the answer does not fit together. Times as in digest_skeys."""
+        request = summarize_request(vm, ranges)
+        _set_slice(request, slice_seconds)
+        with translated():
+            response = self._keys.SummarizeSkeys(request, timeout=seconds)
+        return summary_of(response)
 
     def set_skeys(
         self,
         vm: str,
         ranges: Sequence[GfnRange],
         chunks: Iterable[Keys],
+        options: SetOptions | None = None,
         *,
         allow_enable: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> SetResult:
-        """Set the keys of all frames of the ranges; the chunks must cover them in order.
+        """Set the keys of all frames of the ranges, all or none; the chunks must cover them in order.
 
-        What `chunks` raises ends the stream without Commit and is raised here.
+        `allow_enable` is for who needs no other of the SetOptions. What `chunks` raises ends the stream without Commit
+        and is raised here; so the old keys are set again, unless the options have `keep`.
         """
-        raised: list[BaseException] = []
-
-        def requests() -> Iterator[storage_key_service_pb2.SetSkeysRequest]:
-            try:
-                yield from set_requests(vm, ranges, chunks, allow_enable)
-            except Exception as error:  # grpc would swallow it
-                raised.append(error)
-                raise
-
-        call = self._keys.SetSkeys(requests())
+        call = SetCall(vm, ranges, chunks, options or SetOptions(allow_enable=allow_enable))
+        responses = self._set_skeys(call.requests())
         try:
-            result = set_result(call, progress)
+            return call.result(responses, progress)
         except grpc.RpcError as error:
-            if raised:
-                raise raised[0] from error
+            if call.raised is not None:
+                raise call.raised from error
             raise client_error(error) from error
         finally:
-            call.cancel()
-        wanted = sum(one.count for one in ranges)
-        if result.keys_set != wanted:
-            raise StreamError(f"the daemon says that it set {result.keys_set} keys of {wanted}")
-        return result
+            responses.cancel()
 
     def close(self) -> None:
         """Close the connection."""
@@ -160,6 +223,17 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _set_slice(
+    request: storage_key_service_pb2.GetSkeysRequest
+    | storage_key_service_pb2.DigestSkeysRequest
+    | storage_key_service_pb2.SummarizeSkeysRequest,
+    seconds: float | None,
+) -> None:
+    if seconds is not None:
+        slice_time = request.max_slice_time
+        slice_time.seconds, slice_time.nanos = divmod(round(seconds * 1e9), 1_000_000_000)
 
 
 __all__ = ["Client", "ClientError", "connect"]

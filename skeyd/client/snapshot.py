@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final, Self
 
-from skeyd.client.keys import Keys, KeyStream
+from skeyd.client.reading import Keys, KeyStream
 from skeyd.errors import SkeydError
 from skeyd.gfn import GfnRange, Ranges
 from skeyd.storage_key import first_reserved
@@ -131,6 +131,16 @@ class Snapshot:
         """Whether the guest used storage keys; if not there are none in the file."""
         return bool(self.header["uses_storage_keys"])
 
+    def ranges(self) -> Ranges:
+        """Return the frames that were asked for when it was taken; holes in them have no keys. SnapshotError."""
+        try:
+            found = Ranges(GfnRange(_whole(start), _whole(count)) for start, count in self.header["ranges"])
+        except (KeyError, TypeError, ValueError, SkeydError) as error:
+            raise self._damaged(f"has a header with impossible ranges ({error})", len(MAGIC)) from error
+        if not found:
+            raise self._damaged("has a header without ranges", len(MAGIC))
+        return found
+
     def verify(self) -> Ranges:
         """Read it all and check it all; returns the frames that it has keys of. SnapshotError."""
         found: list[GfnRange] = []
@@ -139,20 +149,20 @@ class Snapshot:
                 found[-1] = GfnRange(found[-1].start, found[-1].count + part.frames.count)
             else:
                 found.append(part.frames)
-        try:
-            return Ranges(found)
-        except SkeydError as error:
-            raise SnapshotError(f"{self._path}: {error.message}") from error
+        return Ranges(found)
 
     def keys(self) -> Iterator[Keys]:
         """Read the keys from the beginning. SnapshotError at the first record that is not whole."""
         self._file.seek(self._begin)
-        keys, crc32 = 0, 0
+        keys, crc32, end = 0, 0, 0
         while True:
             at = self._file.tell()
             kind, payload = self._next()
             if kind == _KEYS:
                 part = self._keys(payload, at)
+                if part.frames.start < end:
+                    raise self._damaged(f"has the keys of {part.frames} out of order", at)
+                end = part.frames.end
                 keys += part.frames.count
                 crc32 = zlib.crc32(part.keys, crc32)
                 yield part
@@ -215,3 +225,9 @@ class Snapshot:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _whole(number: object) -> int:
+    if type(number) is not int:
+        raise TypeError(f"{number!r} is no whole number")
+    return number

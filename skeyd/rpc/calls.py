@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextvars
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
@@ -35,6 +35,9 @@ def note(**what: Any) -> None:
 class CallInterceptor(grpc.ServerInterceptor):
     """Parses, logs and ends every call. `pool_of` says in which threads a method runs; None: the server's own.
 
+    `parsers` has by method what takes the place of the generated class's parser. A handler may give ready bytes for a
+    response.
+
     Synchronization: any thread.
     """
 
@@ -42,8 +45,10 @@ class CallInterceptor(grpc.ServerInterceptor):
         self,
         log: structlog.typing.FilteringBoundLogger,
         pool_of: Callable[[str], ThreadPoolExecutor | None] = lambda _: None,
+        parsers: Mapping[str, Callable[[bytes], Any]] | None = None,
     ) -> None:
         self._log = log
+        self._parsers = parsers or {}
         self._pool_of = pool_of
         self._patience = Patience()
 
@@ -84,7 +89,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         def behaviour(messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
             call = _Call(self._log, method, context, self._patience)
             try:
-                request = call.request(messages, handler)
+                request = call.request(messages, handler, self._parsers.get(method))
                 response: bytes = call.written(call.run(inner, request, context), handler)
             except BaseException as error:
                 call.fail(error)
@@ -100,7 +105,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         def behaviour(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
             call = _Call(self._log, method, context, self._patience)
             try:
-                request = call.request(messages, handler)
+                request = call.request(messages, handler, self._parsers.get(method))
                 responses = call.run(inner, request, context)
                 try:
                     while (response := call.run(next, responses, _END)) is not _END:
@@ -119,6 +124,10 @@ class CallInterceptor(grpc.ServerInterceptor):
             call.end("OK")
 
         return behaviour
+
+
+class Cancelled(Exception):  # noqa: N818 (says what happened)
+    """The client is gone, and with it the reason to go on. For handlers to raise; there is nobody to tell."""
 
 
 class _GivenUp(Exception):  # noqa: N818 (says what happened)
@@ -150,9 +159,11 @@ class _Call:
         """Wait for the client in the body, but not for longer."""
         return self._patience.limit(seconds, self._give_up)
 
-    def request(self, messages: Iterator[bytes], handler: grpc.RpcMethodHandler[Any, Any]) -> Any:
+    def request(
+        self, messages: Iterator[bytes], handler: grpc.RpcMethodHandler[Any, Any], parser: Callable[[bytes], Any] | None
+    ) -> Any:
         """Return the one request, or the stream of them."""
-        requests = self._parsed(messages, handler)
+        requests = self._parsed(messages, parser or handler.request_deserializer or bytes)
         if handler.request_streaming:
             return requests
         request = next(requests, None)
@@ -161,7 +172,9 @@ class _Call:
         return request
 
     def written(self, response: Any, handler: grpc.RpcMethodHandler[Any, Any]) -> Any:
-        return response if handler.response_serializer is None else handler.response_serializer(response)
+        if isinstance(response, bytes) or handler.response_serializer is None:
+            return response
+        return handler.response_serializer(response)
 
     def end(self, code: str, level: str = "info", **more: Any) -> None:
         took = round((time.monotonic() - self._started) * 1000, 3)
@@ -179,7 +192,7 @@ class _Call:
             self.end(code, level, reason=error.reason.name, error=error.message, **more)
             if self._context.is_active():
                 status.abort(self._context, error)
-        elif isinstance(error, _GivenUp) or not self._context.is_active():
+        elif isinstance(error, (_GivenUp, Cancelled)) or not self._context.is_active():
             self.end("CANCELLED")
         elif type(error) is Exception and not error.args and (own := _aborted_with(self._context)):
             # What context.abort raises: a status that one of gRPC's own services prescribes.
@@ -189,7 +202,7 @@ class _Call:
             self.end("INTERNAL", "error", exc_info=error)
             self._context.abort(grpc.StatusCode.INTERNAL, "skeyd failed; its log says how")
 
-    def _parsed(self, messages: Iterator[bytes], handler: grpc.RpcMethodHandler[Any, Any]) -> Iterator[Any]:
+    def _parsed(self, messages: Iterator[bytes], parser: Callable[[bytes], Any]) -> Iterator[Any]:
         # The first message comes with the call itself, or its sender is up to something.
         seconds = limits.REQUEST_SECONDS
         while True:
@@ -202,7 +215,7 @@ class _Call:
                 return
             seconds = limits.IDLE_SECONDS
             try:
-                request = message if handler.request_deserializer is None else handler.request_deserializer(message)
+                request = parser(message)
             except Exception:  # DecodeError differs between protobuf's implementations
                 what = f"a message of {len(message)} bytes is none that {self._method} takes"
                 raise SkeydError(Reason.REQUEST_INVALID, what) from None

@@ -8,11 +8,15 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
+from google.protobuf.duration_pb2 import Duration
+
 from skeyd import limits
+from skeyd.encoding import codec
 from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange, MemorySlot, Ranges
 from skeyd.v1 import host_service_pb2, vm_pb2, vm_service_pb2
 from skeyd.vms.vm import Vm, VmState
+from skeyd.worker.outcomes import LastWrite
 from skeyd.worker.protocol import VM_ID, Fields, SlotSpec, Spec
 from skeyd.worker.slots import check_slots
 
@@ -45,6 +49,13 @@ _STATES = {
     VmState.READY: vm_pb2.VM_STATE_READY,
     VmState.QUARANTINED: vm_pb2.VM_STATE_QUARANTINED,
     VmState.DEAD: vm_pb2.VM_STATE_DEAD,
+}
+_OUTCOMES = {
+    "applied": vm_pb2.WRITE_OUTCOME_APPLIED,
+    "rolling_back": vm_pb2.WRITE_OUTCOME_ROLLING_BACK,
+    "rolled_back": vm_pb2.WRITE_OUTCOME_ROLLED_BACK,
+    "dirty": vm_pb2.WRITE_OUTCOME_DIRTY,
+    "kept": vm_pb2.WRITE_OUTCOME_KEPT,
 }
 _ANSWERS = {
     None: host_service_pb2.ANSWER_UNSPECIFIED,
@@ -139,6 +150,33 @@ def chunk_keys_of(max_chunk_keys: int) -> int:
     return max_chunk_keys or limits.DEFAULT_CHUNK_KEYS
 
 
+def encodings_of(offered: Iterable[int]) -> tuple[int, ...]:
+    """Return the encodings that a client offered and that are known here, ENCODING_RAW always. REQUEST_INVALID."""
+    wanted = {codec.RAW, *offered}
+    if 0 in wanted:
+        raise SkeydError(Reason.REQUEST_INVALID, "encodings has ENCODING_UNSPECIFIED, which is none")
+    return tuple(one for one in codec.KNOWN if one in wanted)
+
+
+def slice_seconds_of(duration: Duration | None) -> float:
+    """Return how long an ioctl may take, for a request that says so or doesn't. REQUEST_INVALID."""
+    if duration is None:
+        return limits.DEFAULT_SLICE_SECONDS
+    # As google.protobuf.Duration is defined; only what is over 0 is of use.
+    if duration.seconds < 0 or not 0 <= duration.nanos < 1_000_000_000 or not (duration.seconds or duration.nanos):
+        raise SkeydError(
+            Reason.REQUEST_INVALID,
+            f"max_slice_time is a time over 0, not {duration.seconds} s and {duration.nanos} ns",
+        )
+    return min(duration.seconds + duration.nanos / 1e9, limits.MAX_SLICE_SECONDS)
+
+
+def duration_message(seconds: float) -> Duration:
+    """Write a time of less than some days down."""
+    whole, nanos = divmod(round(seconds * 1e9), 1_000_000_000)
+    return Duration(seconds=whole, nanos=nanos)
+
+
 def range_message(frames: GfnRange) -> vm_pb2.GfnRange:
     """Write a range down."""
     return vm_pb2.GfnRange(start_gfn=frames.start, count=frames.count)
@@ -176,7 +214,19 @@ def vm_message(vm: Vm) -> vm_pb2.Vm:
     )
     if vm.created:
         message.create_time.seconds = vm.created
+    if vm.last_write is not None:
+        message.last_write.CopyFrom(_last_write_message(vm.last_write))
     return message
+
+
+def _last_write_message(last: LastWrite) -> vm_pb2.LastWrite:
+    return vm_pb2.LastWrite(
+        request_id=last.request_id,
+        outcome=_OUTCOMES[last.outcome],
+        next_gfn=last.end if last.outcome == "kept" else 0,
+        keys_set=last.keys_set,
+        dirty=[range_message(one) for one in last.dirty],
+    )
 
 
 def answer_of(fields: Fields, name: str) -> host_service_pb2.Answer.ValueType:

@@ -30,13 +30,19 @@ STATUS: Final = {
     Reason.CHUNK_SIZE_MISMATCH: StatusCode.INVALID_ARGUMENT,
     Reason.CHUNK_CHECKSUM_MISMATCH: StatusCode.DATA_LOSS,
     Reason.ENCODING_UNSUPPORTED: StatusCode.INVALID_ARGUMENT,
+    Reason.CHUNK_ENCODING_INVALID: StatusCode.INVALID_ARGUMENT,
     Reason.KEY_RESERVED_BIT: StatusCode.INVALID_ARGUMENT,
     Reason.STREAM_INCOMPLETE: StatusCode.ABORTED,
+    Reason.REQUEST_ID_REUSED: StatusCode.INVALID_ARGUMENT,
+    Reason.NOTHING_TO_RESUME: StatusCode.FAILED_PRECONDITION,
+    Reason.EXPECTED_DIGEST_MISMATCH: StatusCode.FAILED_PRECONDITION,
+    Reason.RESULT_DIGEST_MISMATCH: StatusCode.DATA_LOSS,
     Reason.SKEYS_NOT_ENABLED: StatusCode.FAILED_PRECONDITION,
     Reason.KEYS_NOT_STORED: StatusCode.DATA_LOSS,
     Reason.VM_NOT_FOUND: StatusCode.NOT_FOUND,
     Reason.VM_EXISTS: StatusCode.ALREADY_EXISTS,
     Reason.VM_BUSY: StatusCode.ABORTED,
+    Reason.VM_REPLACED: StatusCode.ABORTED,
     Reason.VM_DEAD: StatusCode.FAILED_PRECONDITION,
     Reason.VM_QUARANTINED: StatusCode.FAILED_PRECONDITION,
     Reason.WORKER_LOST: StatusCode.UNAVAILABLE,
@@ -64,7 +70,7 @@ RETRY_SECONDS: Final = {
 # isn't ASCII written as three, and a value of a path or a kernel can be long.
 _MESSAGE_MAX: Final = 768
 _METADATA_MAX: Final = 256
-_METADATA_ENTRIES: Final = 8
+_METADATA_ENTRIES: Final = 10
 
 _Status = standard.message("google.rpc.Status")
 _ErrorInfo = standard.message("google.rpc.ErrorInfo")

@@ -12,56 +12,83 @@ from google.protobuf.internal import builder as _builder
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from skeyd.v1 import vm_pb2 as skeyd_dot_v1_dot_vm__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"skeyd/v1/storage_key_service.proto\x12\x08skeyd.v1\x1a\x11skeyd/v1/vm.proto\"l\n\x05\x43hunk\x12\x11\n\tstart_gfn\x18\x01 \x01(\x04\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12$\n\x08\x65ncoding\x18\x03 \x01(\x0e\x32\x12.skeyd.v1.Encoding\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x05 \x01(\x07\"Y\n\x0fGetSkeysRequest\x12\n\n\x02vm\x18\x01 \x01(\t\x12\"\n\x06ranges\x18\x02 \x03(\x0b\x32\x12.skeyd.v1.GfnRange\x12\x16\n\x0emax_chunk_keys\x18\x03 \x01(\r\"\xa4\x04\n\x10GetSkeysResponse\x12\x33\n\x06header\x18\x01 \x01(\x0b\x32!.skeyd.v1.GetSkeysResponse.HeaderH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.skeyd.v1.ChunkH\x00\x12-\n\x03gap\x18\x03 \x01(\x0b\x32\x1e.skeyd.v1.GetSkeysResponse.GapH\x00\x12\x35\n\x07trailer\x18\x04 \x01(\x0b\x32\".skeyd.v1.GetSkeysResponse.TrailerH\x00\x1a\xe5\x01\n\x06Header\x12\n\n\x02vm\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x12\n\nframe_size\x18\x04 \x01(\r\x12*\n\x0cmemory_slots\x18\x05 \x03(\x0b\x32\x14.skeyd.v1.MemorySlot\x12\"\n\x06ranges\x18\x06 \x03(\x0b\x32\x12.skeyd.v1.GfnRange\x12\x19\n\x11uses_storage_keys\x18\x07 \x01(\x08\x12\x0e\n\x06kernel\x18\x08 \x01(\t\x12\x1e\n\x04kind\x18\t \x01(\x0e\x32\x10.skeyd.v1.VmKind\x1a\'\n\x03Gap\x12\x11\n\tstart_gfn\x18\x01 \x01(\x04\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\x1a:\n\x07Trailer\x12\x0c\n\x04keys\x18\x01 \x01(\x04\x12\x12\n\ngap_frames\x18\x02 \x01(\x04\x12\r\n\x05\x63rc32\x18\x03 \x01(\x07\x42\x06\n\x04part\"\xfd\x01\n\x0fSetSkeysRequest\x12\x32\n\x06header\x18\x01 \x01(\x0b\x32 .skeyd.v1.SetSkeysRequest.HeaderH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.skeyd.v1.ChunkH\x00\x12\x32\n\x06\x63ommit\x18\x03 \x01(\x0b\x32 .skeyd.v1.SetSkeysRequest.CommitH\x00\x1aN\n\x06Header\x12\n\n\x02vm\x18\x01 \x01(\t\x12\"\n\x06ranges\x18\x02 \x03(\x0b\x32\x12.skeyd.v1.GfnRange\x12\x14\n\x0c\x61llow_enable\x18\x03 \x01(\x08\x1a\x08\n\x06\x43ommitB\x06\n\x04part\"\xa4\x02\n\x10SetSkeysResponse\x12\x37\n\x08progress\x18\x01 \x01(\x0b\x32#.skeyd.v1.SetSkeysResponse.ProgressH\x00\x12\x33\n\x06result\x18\x02 \x01(\x0b\x32!.skeyd.v1.SetSkeysResponse.ResultH\x00\x1aV\n\x08Progress\x12\x10\n\x08next_gfn\x18\x01 \x01(\x04\x12\x10\n\x08keys_set\x18\x02 \x01(\x04\x12\x15\n\rkeys_repaired\x18\x03 \x01(\x04\x12\x0f\n\x07\x65nabled\x18\x04 \x01(\x08\x1a\x42\n\x06Result\x12\x10\n\x08keys_set\x18\x01 \x01(\x04\x12\x15\n\rkeys_repaired\x18\x02 \x01(\x04\x12\x0f\n\x07\x65nabled\x18\x03 \x01(\x08\x42\x06\n\x04part\")\n\x0eGetSkeyRequest\x12\n\n\x02vm\x18\x01 \x01(\t\x12\x0b\n\x03gfn\x18\x02 \x01(\x04\"L\n\x0fGetSkeyResponse\x12\x10\n\x03key\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1f\n\x04\x63\x61ll\x18\x02 \x01(\x0e\x32\x11.skeyd.v1.KeyCallB\x06\n\x04_key\"L\n\x0eSetSkeyRequest\x12\n\n\x02vm\x18\x01 \x01(\t\x12\x0b\n\x03gfn\x18\x02 \x01(\x04\x12\x0b\n\x03key\x18\x03 \x01(\r\x12\x14\n\x0c\x61llow_enable\x18\x04 \x01(\x08\"w\n\x0fSetSkeyResponse\x12\x14\n\x07old_key\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x10\n\x08repaired\x18\x02 \x01(\x08\x12\x0f\n\x07\x65nabled\x18\x03 \x01(\x08\x12\x1f\n\x04\x63\x61ll\x18\x04 \x01(\x0e\x32\x11.skeyd.v1.KeyCallB\n\n\x08_old_key\"1\n\x16ResetReferencedRequest\x12\n\n\x02vm\x18\x01 \x01(\t\x12\x0b\n\x03gfn\x18\x02 \x01(\x04\"F\n\x17ResetReferencedResponse\x12\x16\n\x0ewas_referenced\x18\x01 \x01(\x08\x12\x13\n\x0bwas_changed\x18\x02 \x01(\x08*6\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x45NCODING_RAW\x10\x01*K\n\x07KeyCall\x12\x18\n\x14KEY_CALL_UNSPECIFIED\x10\x00\x12\x12\n\x0eKEY_CALL_KEYOP\x10\x01\x12\x12\n\x0eKEY_CALL_SKEYS\x10\x02\x32\xf7\x02\n\x11StorageKeyService\x12\x43\n\x08GetSkeys\x12\x19.skeyd.v1.GetSkeysRequest\x1a\x1a.skeyd.v1.GetSkeysResponse0\x01\x12\x45\n\x08SetSkeys\x12\x19.skeyd.v1.SetSkeysRequest\x1a\x1a.skeyd.v1.SetSkeysResponse(\x01\x30\x01\x12>\n\x07GetSkey\x12\x18.skeyd.v1.GetSkeyRequest\x1a\x19.skeyd.v1.GetSkeyResponse\x12>\n\x07SetSkey\x12\x18.skeyd.v1.SetSkeyRequest\x1a\x19.skeyd.v1.SetSkeyResponse\x12V\n\x0fResetReferenced\x12 .skeyd.v1.ResetReferencedRequest\x1a!.skeyd.v1.ResetReferencedResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"skeyd/v1/storage_key_service.proto\x12\x08skeyd.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x11skeyd/v1/vm.proto\"l\n\x05\x43hunk\x12\x11\n\tstart_gfn\x18\x01 \x01(\x04\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12$\n\x08\x65ncoding\x18\x03 \x01(\x0e\x32\x12.skeyd.v1.Encoding\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x05 \x01(\x07\"\xa0\x02\n\x0fGetSkeysRequest\x12\n\n\x02vm\x18\x01 \x01(\t\x12\"\n\x06ranges\x18\x02 \x03(\x0b\x32\x12.skeyd.v1.GfnRange\x12\x16\n\x0emax_chunk_keys\x18\x03 \x01(\r\x12%\n\tencodings\x18\x04 \x03(\x0e\x32\x12.skeyd.v1.Encoding\x12\x30\n\x06resume\x18\x05 \x01(\x0b\x32 .skeyd.v1.GetSkeysRequest.Resume\x12\x31\n\x0emax_slice_time\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x1a\x39\n\x06Resume\x12\x0b\n\x03gfn\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\r\n\x05\x63rc32\x18\x03 \x01(\x07\"\xfe\x04\n\x10GetSkeysResponse\x12\x33\n\x06header\x18\x01 \x01(\x0b\x32!.skeyd.v1.GetSkeysResponse.HeaderH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.skeyd.v1.ChunkH\x00\x12-\n\x03gap\x18\x03 \x01(\x0b\x32\x1e.skeyd.v1.GetSkeysResponse.GapH\x00\x12\x35\n\x07trailer\x18\x04 \x01(\x0b\x32\".skeyd.v1.GetSkeysResponse.TrailerH\x00\x1a\xbf\x02\n\x06Header\x12\n\n\x02vm\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x12\n\nframe_size\x18\x04 \x01(\r\x12*\n\x0cmemory_slots\x18\x05 \x03(\x0b\x32\x14.skeyd.v1.MemorySlot\x12\"\n\x06ranges\x18\x06 \x03(\x0b\x32\x12.skeyd.v1.GfnRange\x12\x19\n\x11uses_storage_keys\x18\x07 \x01(\x08\x12\x0e\n\x06kernel\x18\x08 \x01(\t\x12\x1e\n\x04kind\x18\t \x01(\x0e\x32\x10.skeyd.v1.VmKind\x12%\n\tencodings\x18\n \x03(\x0e\x32\x12.skeyd.v1.Encoding\x12\x31\n\x0emax_slice_time\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x1a\'\n\x03Gap\x12\x11\n\tstart_gfn\x18\x01 \x01(\x04\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\x1a:\n\x07Trailer\x12\x0c\n\x04keys\x18\x01 \x01(\x04\x12\x12\n\ngap_frames\x18\x02 \x01(\x04\x12\r\n\x05\x63rc32\x18\x03 \x01(\x07\x42\x06\n\x04part\"=\n\nKeysDigest\x12\x0e\n\x06sha256\x18\x01 \x01(\x0c\x12\x1f\n\x17with_referenced_changed\x18\x02 \x01(\x08\"\xf8\x03\n\x0fSetSkeysRequest\x12\x32\n\x06header\x18\x01 \x01(\x0b\x32 .skeyd.v1.SetSkeysRequest.HeaderH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.skeyd.v1.ChunkH\x00\x12\x32\n\x06\x63ommit\x18\x03 \x01(\x0b\x32 .skeyd.v1.SetSkeysRequest.CommitH\x00\x1a\xc8\x02\n\x06Header\x12\n\n\x02vm\x18\x01 \x01(\t\x12\"\n\x06ranges\x18\x02 \x03(\x0b\x32\x12.skeyd.v1.GfnRange\x12\x14\n\x0c\x61llow_enable\x18\x03 \x01(\x08\x12+\n\x0con_interrupt\x18\x04 \x01(\x0e\x32\x15.skeyd.v1.OnInterrupt\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12-\n\x0f\x65xpected_digest\x18\x07 \x01(\x0b\x32\x14.skeyd.v1.KeysDigest\x12.\n\x10resulting_digest\x18\x08 \x01(\x0b\x32\x14.skeyd.v1.KeysDigest\x12\x0e\n\x06resume\x18\t \x01(\x08\x12\x31\n\x0emax_slice_time\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x1a\x08\n\x06\x43ommitB\x06\n\x04part\"\xa7\x05\n\x10SetSkeysResponse\x12\x37\n\x08progress\x18\x01 \x01(\x0b\x32#.skeyd.v1.SetSkeysResponse.ProgressH\x00\x12\x33\n\x06result\x18\x02 \x01(\x0b\x32!.skeyd.v1.SetSkeysResponse.ResultH\x00\x12\x31\n\x05\x62\x65gun\x18\x03 \x01(\x0b\x32 .skeyd.v1.SetSkeysResponse.BegunH\x00\x1a\xa9\x01\n\x05\x42\x65gun\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x10\n\x08next_gfn\x18\x02 \x01(\x04\x12\x10\n\x08keys_set\x18\x03 \x01(\x04\x12\r\n\x05\x63rc32\x18\x04 \x01(\x07\x12%\n\tencodings\x18\x05 \x03(\x0e\x32\x12.skeyd.v1.Encoding\x12\x31\n\x0emax_slice_time\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x1a\x65\n\x08Progress\x12\x10\n\x08next_gfn\x18\x01 \x01(\x04\x12\x10\n\x08keys_set\x18\x02 \x01(\x04\x12\x15\n\rkeys_repaired\x18\x03 \x01(\x04\x12\x0f\n\x07\x65nabled\x18\x04 \x01(\x08\x12\r\n\x05\x63rc32\x18\x05 \x01(\x07\x1a\x86\x01\n\x06Result\x12\x10\n\x08keys_set\x18\x01 \x01(\x04\x12\x15\n\rkeys_repaired\x18\x02 \x01(\x04\x12\x0f\n\x07\x65nabled\x18\x03 \x01(\x08\x12\x33\n\x07outcome\x18\x04 \x01(\x0e\x32\".skeyd.v1.SetSkeysResponse.Outcome\x12\r\n\x05\x63rc32\x18\x05 \x01(\x07\"N\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x13\n\x0fOUTCOME_APPLIED\x10\x01\x12\x15\n\x11OUTCOME_VALIDATED\x10\x02\x42\x06\n\x04part\")\n\x0eGetSkeyRequest\x12\n\n\x02vm\x18\x01 \x01(\t\x12\x0b\n\x03gfn\x18\x02 \x01(\x04\"L\n\x0fGetSkeyResponse\x12\x10\n\x03key\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1f\n\x04\x63\x61ll\x18\x02 \x01(\x0e\x32\x11.skeyd.v1.KeyCallB\x06\n\x04_key\"L\n\x0eSetSkeyRequest\x12\n\n\x02vm\x18\x01 \x01(\t\x12\x0b\n\x03gfn\x18\x02 \x01(\x04\x12\x0b\n\x03key\x18\x03 \x01(\r\x12\x14\n\x0c\x61llow_enable\x18\x04 \x01(\x08\"w\n\x0fSetSkeyResponse\x12\x14\n\x07old_key\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x10\n\x08repaired\x18\x02 \x01(\x08\x12\x0f\n\x07\x65nabled\x18\x03 \x01(\x08\x12\x1f\n\x04\x63\x61ll\x18\x04 \x01(\x0e\x32\x11.skeyd.v1.KeyCallB\n\n\x08_old_key\"1\n\x16ResetReferencedRequest\x12\n\n\x02vm\x18\x01 \x01(\t\x12\x0b\n\x03gfn\x18\x02 \x01(\x04\"F\n\x17ResetReferencedResponse\x12\x16\n\x0ewas_referenced\x18\x01 \x01(\x08\x12\x13\n\x0bwas_changed\x18\x02 \x01(\x08\"\xf7\x01\n\x12\x44igestSkeysRequest\x12\n\n\x02vm\x18\x01 \x01(\t\x12\"\n\x06ranges\x18\x02 \x03(\x0b\x32\x12.skeyd.v1.GfnRange\x12\x1f\n\x17with_referenced_changed\x18\x03 \x01(\x08\x12\x31\n\x04node\x18\x04 \x01(\x0b\x32#.skeyd.v1.DigestSkeysRequest.NodeId\x12\x31\n\x0emax_slice_time\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x1a*\n\x06NodeId\x12\r\n\x05level\x18\x01 \x01(\r\x12\x11\n\tstart_gfn\x18\x02 \x01(\x04\"\xa9\x02\n\x13\x44igestSkeysResponse\x12\x19\n\x11uses_storage_keys\x18\x01 \x01(\x08\x12\x30\n\x04node\x18\x02 \x01(\x0b\x32\".skeyd.v1.DigestSkeysResponse.Node\x12\x32\n\x06\x62ranch\x18\x03 \x01(\x0b\x32\".skeyd.v1.DigestSkeysResponse.Node\x12\x34\n\x08\x63hildren\x18\x04 \x03(\x0b\x32\".skeyd.v1.DigestSkeysResponse.Node\x12\x13\n\x0bincarnation\x18\x05 \x01(\t\x1a\x46\n\x04Node\x12\r\n\x05level\x18\x01 \x01(\r\x12\x11\n\tstart_gfn\x18\x02 \x01(\x04\x12\x0c\n\x04keys\x18\x03 \x01(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\"z\n\x15SummarizeSkeysRequest\x12\n\n\x02vm\x18\x01 \x01(\t\x12\"\n\x06ranges\x18\x02 \x03(\x0b\x32\x12.skeyd.v1.GfnRange\x12\x31\n\x0emax_slice_time\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xcc\x02\n\x16SummarizeSkeysResponse\x12\x19\n\x11uses_storage_keys\x18\x01 \x01(\x08\x12\x0c\n\x04keys\x18\x02 \x01(\x04\x12\x12\n\ngap_frames\x18\x03 \x01(\x04\x12\x39\n\x06\x63ounts\x18\x04 \x03(\x0b\x32).skeyd.v1.SummarizeSkeysResponse.KeyCount\x12\x0c\n\x04runs\x18\x05 \x01(\x04\x12\x39\n\x0blongest_run\x18\x06 \x01(\x0b\x32$.skeyd.v1.SummarizeSkeysResponse.Run\x12\x13\n\x0bincarnation\x18\x07 \x01(\t\x1a&\n\x08KeyCount\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\x1a\x34\n\x03Run\x12\x11\n\tstart_gfn\x18\x01 \x01(\x04\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\x12\x0b\n\x03key\x18\x03 \x01(\r*\\\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x45NCODING_RAW\x10\x01\x12\x11\n\rENCODING_RUNS\x10\x02\x12\x11\n\rENCODING_ZSTD\x10\x03*^\n\x0bOnInterrupt\x12\x1c\n\x18ON_INTERRUPT_UNSPECIFIED\x10\x00\x12\x1a\n\x16ON_INTERRUPT_ROLL_BACK\x10\x01\x12\x15\n\x11ON_INTERRUPT_KEEP\x10\x02*K\n\x07KeyCall\x12\x18\n\x14KEY_CALL_UNSPECIFIED\x10\x00\x12\x12\n\x0eKEY_CALL_KEYOP\x10\x01\x12\x12\n\x0eKEY_CALL_SKEYS\x10\x02\x32\x98\x04\n\x11StorageKeyService\x12\x43\n\x08GetSkeys\x12\x19.skeyd.v1.GetSkeysRequest\x1a\x1a.skeyd.v1.GetSkeysResponse0\x01\x12\x45\n\x08SetSkeys\x12\x19.skeyd.v1.SetSkeysRequest\x1a\x1a.skeyd.v1.SetSkeysResponse(\x01\x30\x01\x12>\n\x07GetSkey\x12\x18.skeyd.v1.GetSkeyRequest\x1a\x19.skeyd.v1.GetSkeyResponse\x12>\n\x07SetSkey\x12\x18.skeyd.v1.SetSkeyRequest\x1a\x19.skeyd.v1.SetSkeyResponse\x12V\n\x0fResetReferenced\x12 .skeyd.v1.ResetReferencedRequest\x1a!.skeyd.v1.ResetReferencedResponse\x12J\n\x0b\x44igestSkeys\x12\x1c.skeyd.v1.DigestSkeysRequest\x1a\x1d.skeyd.v1.DigestSkeysResponse\x12S\n\x0eSummarizeSkeys\x12\x1f.skeyd.v1.SummarizeSkeysRequest\x1a .skeyd.v1.SummarizeSkeysResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'skeyd.v1.storage_key_service_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_ENCODING']._serialized_start=1813
-  _globals['_ENCODING']._serialized_end=1867
-  _globals['_KEYCALL']._serialized_start=1869
-  _globals['_KEYCALL']._serialized_end=1944
-  _globals['_CHUNK']._serialized_start=67
-  _globals['_CHUNK']._serialized_end=175
-  _globals['_GETSKEYSREQUEST']._serialized_start=177
-  _globals['_GETSKEYSREQUEST']._serialized_end=266
-  _globals['_GETSKEYSRESPONSE']._serialized_start=269
-  _globals['_GETSKEYSRESPONSE']._serialized_end=817
-  _globals['_GETSKEYSRESPONSE_HEADER']._serialized_start=479
-  _globals['_GETSKEYSRESPONSE_HEADER']._serialized_end=708
-  _globals['_GETSKEYSRESPONSE_GAP']._serialized_start=710
-  _globals['_GETSKEYSRESPONSE_GAP']._serialized_end=749
-  _globals['_GETSKEYSRESPONSE_TRAILER']._serialized_start=751
-  _globals['_GETSKEYSRESPONSE_TRAILER']._serialized_end=809
-  _globals['_SETSKEYSREQUEST']._serialized_start=820
-  _globals['_SETSKEYSREQUEST']._serialized_end=1073
-  _globals['_SETSKEYSREQUEST_HEADER']._serialized_start=977
-  _globals['_SETSKEYSREQUEST_HEADER']._serialized_end=1055
-  _globals['_SETSKEYSREQUEST_COMMIT']._serialized_start=1057
-  _globals['_SETSKEYSREQUEST_COMMIT']._serialized_end=1065
-  _globals['_SETSKEYSRESPONSE']._serialized_start=1076
-  _globals['_SETSKEYSRESPONSE']._serialized_end=1368
-  _globals['_SETSKEYSRESPONSE_PROGRESS']._serialized_start=1206
-  _globals['_SETSKEYSRESPONSE_PROGRESS']._serialized_end=1292
-  _globals['_SETSKEYSRESPONSE_RESULT']._serialized_start=1294
-  _globals['_SETSKEYSRESPONSE_RESULT']._serialized_end=1360
-  _globals['_GETSKEYREQUEST']._serialized_start=1370
-  _globals['_GETSKEYREQUEST']._serialized_end=1411
-  _globals['_GETSKEYRESPONSE']._serialized_start=1413
-  _globals['_GETSKEYRESPONSE']._serialized_end=1489
-  _globals['_SETSKEYREQUEST']._serialized_start=1491
-  _globals['_SETSKEYREQUEST']._serialized_end=1567
-  _globals['_SETSKEYRESPONSE']._serialized_start=1569
-  _globals['_SETSKEYRESPONSE']._serialized_end=1688
-  _globals['_RESETREFERENCEDREQUEST']._serialized_start=1690
-  _globals['_RESETREFERENCEDREQUEST']._serialized_end=1739
-  _globals['_RESETREFERENCEDRESPONSE']._serialized_start=1741
-  _globals['_RESETREFERENCEDRESPONSE']._serialized_end=1811
-  _globals['_STORAGEKEYSERVICE']._serialized_start=1947
-  _globals['_STORAGEKEYSERVICE']._serialized_end=2322
+  _globals['_ENCODING']._serialized_start=3845
+  _globals['_ENCODING']._serialized_end=3937
+  _globals['_ONINTERRUPT']._serialized_start=3939
+  _globals['_ONINTERRUPT']._serialized_end=4033
+  _globals['_KEYCALL']._serialized_start=4035
+  _globals['_KEYCALL']._serialized_end=4110
+  _globals['_CHUNK']._serialized_start=99
+  _globals['_CHUNK']._serialized_end=207
+  _globals['_GETSKEYSREQUEST']._serialized_start=210
+  _globals['_GETSKEYSREQUEST']._serialized_end=498
+  _globals['_GETSKEYSREQUEST_RESUME']._serialized_start=441
+  _globals['_GETSKEYSREQUEST_RESUME']._serialized_end=498
+  _globals['_GETSKEYSRESPONSE']._serialized_start=501
+  _globals['_GETSKEYSRESPONSE']._serialized_end=1139
+  _globals['_GETSKEYSRESPONSE_HEADER']._serialized_start=711
+  _globals['_GETSKEYSRESPONSE_HEADER']._serialized_end=1030
+  _globals['_GETSKEYSRESPONSE_GAP']._serialized_start=1032
+  _globals['_GETSKEYSRESPONSE_GAP']._serialized_end=1071
+  _globals['_GETSKEYSRESPONSE_TRAILER']._serialized_start=1073
+  _globals['_GETSKEYSRESPONSE_TRAILER']._serialized_end=1131
+  _globals['_KEYSDIGEST']._serialized_start=1141
+  _globals['_KEYSDIGEST']._serialized_end=1202
+  _globals['_SETSKEYSREQUEST']._serialized_start=1205
+  _globals['_SETSKEYSREQUEST']._serialized_end=1709
+  _globals['_SETSKEYSREQUEST_HEADER']._serialized_start=1363
+  _globals['_SETSKEYSREQUEST_HEADER']._serialized_end=1691
+  _globals['_SETSKEYSREQUEST_COMMIT']._serialized_start=1693
+  _globals['_SETSKEYSREQUEST_COMMIT']._serialized_end=1701
+  _globals['_SETSKEYSRESPONSE']._serialized_start=1712
+  _globals['_SETSKEYSRESPONSE']._serialized_end=2391
+  _globals['_SETSKEYSRESPONSE_BEGUN']._serialized_start=1894
+  _globals['_SETSKEYSRESPONSE_BEGUN']._serialized_end=2063
+  _globals['_SETSKEYSRESPONSE_PROGRESS']._serialized_start=2065
+  _globals['_SETSKEYSRESPONSE_PROGRESS']._serialized_end=2166
+  _globals['_SETSKEYSRESPONSE_RESULT']._serialized_start=2169
+  _globals['_SETSKEYSRESPONSE_RESULT']._serialized_end=2303
+  _globals['_SETSKEYSRESPONSE_OUTCOME']._serialized_start=2305
+  _globals['_SETSKEYSRESPONSE_OUTCOME']._serialized_end=2383
+  _globals['_GETSKEYREQUEST']._serialized_start=2393
+  _globals['_GETSKEYREQUEST']._serialized_end=2434
+  _globals['_GETSKEYRESPONSE']._serialized_start=2436
+  _globals['_GETSKEYRESPONSE']._serialized_end=2512
+  _globals['_SETSKEYREQUEST']._serialized_start=2514
+  _globals['_SETSKEYREQUEST']._serialized_end=2590
+  _globals['_SETSKEYRESPONSE']._serialized_start=2592
+  _globals['_SETSKEYRESPONSE']._serialized_end=2711
+  _globals['_RESETREFERENCEDREQUEST']._serialized_start=2713
+  _globals['_RESETREFERENCEDREQUEST']._serialized_end=2762
+  _globals['_RESETREFERENCEDRESPONSE']._serialized_start=2764
+  _globals['_RESETREFERENCEDRESPONSE']._serialized_end=2834
+  _globals['_DIGESTSKEYSREQUEST']._serialized_start=2837
+  _globals['_DIGESTSKEYSREQUEST']._serialized_end=3084
+  _globals['_DIGESTSKEYSREQUEST_NODEID']._serialized_start=3042
+  _globals['_DIGESTSKEYSREQUEST_NODEID']._serialized_end=3084
+  _globals['_DIGESTSKEYSRESPONSE']._serialized_start=3087
+  _globals['_DIGESTSKEYSRESPONSE']._serialized_end=3384
+  _globals['_DIGESTSKEYSRESPONSE_NODE']._serialized_start=3314
+  _globals['_DIGESTSKEYSRESPONSE_NODE']._serialized_end=3384
+  _globals['_SUMMARIZESKEYSREQUEST']._serialized_start=3386
+  _globals['_SUMMARIZESKEYSREQUEST']._serialized_end=3508
+  _globals['_SUMMARIZESKEYSRESPONSE']._serialized_start=3511
+  _globals['_SUMMARIZESKEYSRESPONSE']._serialized_end=3843
+  _globals['_SUMMARIZESKEYSRESPONSE_KEYCOUNT']._serialized_start=3751
+  _globals['_SUMMARIZESKEYSRESPONSE_KEYCOUNT']._serialized_end=3789
+  _globals['_SUMMARIZESKEYSRESPONSE_RUN']._serialized_start=3791
+  _globals['_SUMMARIZESKEYSRESPONSE_RUN']._serialized_end=3843
+  _globals['_STORAGEKEYSERVICE']._serialized_start=4113
+  _globals['_STORAGEKEYSERVICE']._serialized_end=4649
 # @@protoc_insertion_point(module_scope)

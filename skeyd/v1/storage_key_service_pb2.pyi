@@ -6,6 +6,7 @@ Storage keys of a guest: read and set, streamed."""
 import builtins
 import collections.abc
 import google.protobuf.descriptor
+import google.protobuf.duration_pb2
 import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
@@ -30,6 +31,10 @@ class _EncodingEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     """Invalid."""
     ENCODING_RAW: _Encoding.ValueType  # 1
     """One byte a key."""
+    ENCODING_RUNS: _Encoding.ValueType  # 2
+    """Run lengths (docs/encodings.md)."""
+    ENCODING_ZSTD: _Encoding.ValueType  # 3
+    """One Zstandard frame that says its content's size."""
 
 class Encoding(_Encoding, metaclass=_EncodingEnumTypeWrapper):
     """How the keys of a chunk are written down. Checksums are always of the decoded keys."""
@@ -38,7 +43,35 @@ ENCODING_UNSPECIFIED: Encoding.ValueType  # 0
 """Invalid."""
 ENCODING_RAW: Encoding.ValueType  # 1
 """One byte a key."""
+ENCODING_RUNS: Encoding.ValueType  # 2
+"""Run lengths (docs/encodings.md)."""
+ENCODING_ZSTD: Encoding.ValueType  # 3
+"""One Zstandard frame that says its content's size."""
 global___Encoding = Encoding
+
+class _OnInterrupt:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _OnInterruptEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_OnInterrupt.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    ON_INTERRUPT_UNSPECIFIED: _OnInterrupt.ValueType  # 0
+    """Not said: roll back."""
+    ON_INTERRUPT_ROLL_BACK: _OnInterrupt.ValueType  # 1
+    """The old keys are set again."""
+    ON_INTERRUPT_KEEP: _OnInterrupt.ValueType  # 2
+    """The new keys stay, and with a request_id the call can be resumed. No old keys are remembered."""
+
+class OnInterrupt(_OnInterrupt, metaclass=_OnInterruptEnumTypeWrapper):
+    """What becomes of the keys that a SetSkeys has set when it ends without Commit."""
+
+ON_INTERRUPT_UNSPECIFIED: OnInterrupt.ValueType  # 0
+"""Not said: roll back."""
+ON_INTERRUPT_ROLL_BACK: OnInterrupt.ValueType  # 1
+"""The old keys are set again."""
+ON_INTERRUPT_KEEP: OnInterrupt.ValueType  # 2
+"""The new keys stay, and with a request_id the call can be resumed. No old keys are remembered."""
+global___OnInterrupt = OnInterrupt
 
 class _KeyCall:
     ValueType = typing.NewType("ValueType", builtins.int)
@@ -82,7 +115,7 @@ class Chunk(google.protobuf.message.Message):
     encoding: global___Encoding.ValueType
     """How `data` is encoded."""
     data: builtins.bytes
-    """The keys: for ENCODING_RAW exactly `count` bytes."""
+    """The keys, encoded: for ENCODING_RAW exactly `count` bytes, for others fewer."""
     crc32: builtins.int
     """CRC-32 (ISO-HDLC, as in zlib) of the `count` decoded keys."""
     def __init__(
@@ -104,9 +137,36 @@ class GetSkeysRequest(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class Resume(google.protobuf.message.Message):
+        """Where a stream is to go on that was cut. A client that knows a chunk or gap to be whole resumes at its end."""
+
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        GFN_FIELD_NUMBER: builtins.int
+        INCARNATION_FIELD_NUMBER: builtins.int
+        CRC32_FIELD_NUMBER: builtins.int
+        gfn: builtins.int
+        """The frame to go on with: in a range, or the end of the last."""
+        incarnation: builtins.str
+        """The incarnation in the header of the stream that was cut."""
+        crc32: builtins.int
+        """CRC-32 of all keys before `gfn`, in order; the trailer goes on from it."""
+        def __init__(
+            self,
+            *,
+            gfn: builtins.int = ...,
+            incarnation: builtins.str = ...,
+            crc32: builtins.int = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["crc32", b"crc32", "gfn", b"gfn", "incarnation", b"incarnation"]) -> None: ...
+
     VM_FIELD_NUMBER: builtins.int
     RANGES_FIELD_NUMBER: builtins.int
     MAX_CHUNK_KEYS_FIELD_NUMBER: builtins.int
+    ENCODINGS_FIELD_NUMBER: builtins.int
+    RESUME_FIELD_NUMBER: builtins.int
+    MAX_SLICE_TIME_FIELD_NUMBER: builtins.int
     vm: builtins.str
     """"vms/{vm}"."""
     max_chunk_keys: builtins.int
@@ -117,14 +177,32 @@ class GetSkeysRequest(google.protobuf.message.Message):
         between slots is streamed as Gap. None: everything from the first slot to the last.
         """
 
+    @property
+    def encodings(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[global___Encoding.ValueType]:
+        """Encodings that the client can read, beside ENCODING_RAW, which is always one. The daemon chooses for each chunk."""
+
+    @property
+    def resume(self) -> global___GetSkeysRequest.Resume:
+        """Set: go on with a stream instead of beginning one."""
+
+    @property
+    def max_slice_time(self) -> google.protobuf.duration_pb2.Duration:
+        """How long one ioctl may keep the kernel's lock, about. Not set: the daemon's default; longer than the daemon allows:
+        as long as that.
+        """
+
     def __init__(
         self,
         *,
         vm: builtins.str = ...,
         ranges: collections.abc.Iterable[skeyd.v1.vm_pb2.GfnRange] | None = ...,
         max_chunk_keys: builtins.int = ...,
+        encodings: collections.abc.Iterable[global___Encoding.ValueType] | None = ...,
+        resume: global___GetSkeysRequest.Resume | None = ...,
+        max_slice_time: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["max_chunk_keys", b"max_chunk_keys", "ranges", b"ranges", "vm", b"vm"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["max_slice_time", b"max_slice_time", "resume", b"resume"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["encodings", b"encodings", "max_chunk_keys", b"max_chunk_keys", "max_slice_time", b"max_slice_time", "ranges", b"ranges", "resume", b"resume", "vm", b"vm"]) -> None: ...
 
 global___GetSkeysRequest = GetSkeysRequest
 
@@ -149,6 +227,8 @@ class GetSkeysResponse(google.protobuf.message.Message):
         USES_STORAGE_KEYS_FIELD_NUMBER: builtins.int
         KERNEL_FIELD_NUMBER: builtins.int
         KIND_FIELD_NUMBER: builtins.int
+        ENCODINGS_FIELD_NUMBER: builtins.int
+        MAX_SLICE_TIME_FIELD_NUMBER: builtins.int
         vm: builtins.str
         """"vms/{vm}"."""
         uid: builtins.str
@@ -171,6 +251,14 @@ class GetSkeysResponse(google.protobuf.message.Message):
         def ranges(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[skeyd.v1.vm_pb2.GfnRange]:
             """The ranges that follow; the request's, or what it left to the server."""
 
+        @property
+        def encodings(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[global___Encoding.ValueType]:
+            """Encodings that chunks may have: those of the request that the daemon knows, and ENCODING_RAW."""
+
+        @property
+        def max_slice_time(self) -> google.protobuf.duration_pb2.Duration:
+            """The limit that holds for one ioctl."""
+
         def __init__(
             self,
             *,
@@ -183,8 +271,11 @@ class GetSkeysResponse(google.protobuf.message.Message):
             uses_storage_keys: builtins.bool = ...,
             kernel: builtins.str = ...,
             kind: skeyd.v1.vm_pb2.VmKind.ValueType = ...,
+            encodings: collections.abc.Iterable[global___Encoding.ValueType] | None = ...,
+            max_slice_time: google.protobuf.duration_pb2.Duration | None = ...,
         ) -> None: ...
-        def ClearField(self, field_name: typing.Literal["frame_size", b"frame_size", "incarnation", b"incarnation", "kernel", b"kernel", "kind", b"kind", "memory_slots", b"memory_slots", "ranges", b"ranges", "uid", b"uid", "uses_storage_keys", b"uses_storage_keys", "vm", b"vm"]) -> None: ...
+        def HasField(self, field_name: typing.Literal["max_slice_time", b"max_slice_time"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["encodings", b"encodings", "frame_size", b"frame_size", "incarnation", b"incarnation", "kernel", b"kernel", "kind", b"kind", "max_slice_time", b"max_slice_time", "memory_slots", b"memory_slots", "ranges", b"ranges", "uid", b"uid", "uses_storage_keys", b"uses_storage_keys", "vm", b"vm"]) -> None: ...
 
     @typing.final
     class Gap(google.protobuf.message.Message):
@@ -265,6 +356,28 @@ class GetSkeysResponse(google.protobuf.message.Message):
 global___GetSkeysResponse = GetSkeysResponse
 
 @typing.final
+class KeysDigest(google.protobuf.message.Message):
+    """The digest of keys: the root of their hash tree (docs/digest.md)."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SHA256_FIELD_NUMBER: builtins.int
+    WITH_REFERENCED_CHANGED_FIELD_NUMBER: builtins.int
+    sha256: builtins.bytes
+    """32 bytes."""
+    with_referenced_changed: builtins.bool
+    """It covers the referenced and changed bits too, and not only access-control bits and fetch protection."""
+    def __init__(
+        self,
+        *,
+        sha256: builtins.bytes = ...,
+        with_referenced_changed: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["sha256", b"sha256", "with_referenced_changed", b"with_referenced_changed"]) -> None: ...
+
+global___KeysDigest = KeysDigest
+
+@typing.final
 class SetSkeysRequest(google.protobuf.message.Message):
     """One part of what to set."""
 
@@ -279,13 +392,43 @@ class SetSkeysRequest(google.protobuf.message.Message):
         VM_FIELD_NUMBER: builtins.int
         RANGES_FIELD_NUMBER: builtins.int
         ALLOW_ENABLE_FIELD_NUMBER: builtins.int
+        ON_INTERRUPT_FIELD_NUMBER: builtins.int
+        VALIDATE_ONLY_FIELD_NUMBER: builtins.int
+        REQUEST_ID_FIELD_NUMBER: builtins.int
+        EXPECTED_DIGEST_FIELD_NUMBER: builtins.int
+        RESULTING_DIGEST_FIELD_NUMBER: builtins.int
+        RESUME_FIELD_NUMBER: builtins.int
+        MAX_SLICE_TIME_FIELD_NUMBER: builtins.int
         vm: builtins.str
         """"vms/{vm}"."""
         allow_enable: builtins.bool
         """Allows keys to be enabled for a guest that does not use them. That can't be undone."""
+        on_interrupt: global___OnInterrupt.ValueType
+        """What becomes of keys that were set when the call ends without Commit."""
+        validate_only: builtins.bool
+        """Check header, chunks and Commit as ever, and change nothing."""
+        request_id: builtins.str
+        """Names the request, so that it can be sent again when nobody knows what became of it: what was applied is answered
+        as before, without a chunk being read, and not applied twice. 1 to 128 printable ASCII characters; a UUID will do.
+        A worker remembers the last 64. Empty: none.
+        """
+        resume: builtins.bool
+        """Go on with the call of this request_id that was cut and KEPT; the header is otherwise as before. Begun says where."""
         @property
         def ranges(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[skeyd.v1.vm_pb2.GfnRange]:
             """The frames to be set, ascending and apart, 1 to 16,384 ranges. Every frame must be in a memory slot."""
+
+        @property
+        def expected_digest(self) -> global___KeysDigest:
+            """The keys of the ranges must have this digest before anything is set."""
+
+        @property
+        def resulting_digest(self) -> global___KeysDigest:
+            """They must have this one after the last chunk, or all is rolled back."""
+
+        @property
+        def max_slice_time(self) -> google.protobuf.duration_pb2.Duration:
+            """As in GetSkeysRequest; here for the ioctls that set and those that read back."""
 
         def __init__(
             self,
@@ -293,8 +436,16 @@ class SetSkeysRequest(google.protobuf.message.Message):
             vm: builtins.str = ...,
             ranges: collections.abc.Iterable[skeyd.v1.vm_pb2.GfnRange] | None = ...,
             allow_enable: builtins.bool = ...,
+            on_interrupt: global___OnInterrupt.ValueType = ...,
+            validate_only: builtins.bool = ...,
+            request_id: builtins.str = ...,
+            expected_digest: global___KeysDigest | None = ...,
+            resulting_digest: global___KeysDigest | None = ...,
+            resume: builtins.bool = ...,
+            max_slice_time: google.protobuf.duration_pb2.Duration | None = ...,
         ) -> None: ...
-        def ClearField(self, field_name: typing.Literal["allow_enable", b"allow_enable", "ranges", b"ranges", "vm", b"vm"]) -> None: ...
+        def HasField(self, field_name: typing.Literal["expected_digest", b"expected_digest", "max_slice_time", b"max_slice_time", "resulting_digest", b"resulting_digest"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["allow_enable", b"allow_enable", "expected_digest", b"expected_digest", "max_slice_time", b"max_slice_time", "on_interrupt", b"on_interrupt", "ranges", b"ranges", "request_id", b"request_id", "resulting_digest", b"resulting_digest", "resume", b"resume", "validate_only", b"validate_only", "vm", b"vm"]) -> None: ...
 
     @typing.final
     class Commit(google.protobuf.message.Message):
@@ -340,6 +491,72 @@ class SetSkeysResponse(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    class _Outcome:
+        ValueType = typing.NewType("ValueType", builtins.int)
+        V: typing_extensions.TypeAlias = ValueType
+
+    class _OutcomeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[SetSkeysResponse._Outcome.ValueType], builtins.type):
+        DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+        OUTCOME_UNSPECIFIED: SetSkeysResponse._Outcome.ValueType  # 0
+        """Never sent."""
+        OUTCOME_APPLIED: SetSkeysResponse._Outcome.ValueType  # 1
+        """All keys are set and verified."""
+        OUTCOME_VALIDATED: SetSkeysResponse._Outcome.ValueType  # 2
+        """All keys were checked, and nothing was changed: validate_only."""
+
+    class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper):
+        """What a call came to that was not refused."""
+
+    OUTCOME_UNSPECIFIED: SetSkeysResponse.Outcome.ValueType  # 0
+    """Never sent."""
+    OUTCOME_APPLIED: SetSkeysResponse.Outcome.ValueType  # 1
+    """All keys are set and verified."""
+    OUTCOME_VALIDATED: SetSkeysResponse.Outcome.ValueType  # 2
+    """All keys were checked, and nothing was changed: validate_only."""
+
+    @typing.final
+    class Begun(google.protobuf.message.Message):
+        """The header is good, and chunks are awaited."""
+
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        INCARNATION_FIELD_NUMBER: builtins.int
+        NEXT_GFN_FIELD_NUMBER: builtins.int
+        KEYS_SET_FIELD_NUMBER: builtins.int
+        CRC32_FIELD_NUMBER: builtins.int
+        ENCODINGS_FIELD_NUMBER: builtins.int
+        MAX_SLICE_TIME_FIELD_NUMBER: builtins.int
+        incarnation: builtins.str
+        """The worker's incarnation."""
+        next_gfn: builtins.int
+        """The frame that the first chunk must begin with: the ranges' first, or where a resumed call goes on. After all
+        ranges it is the end of the last, and only Commit is awaited.
+        """
+        keys_set: builtins.int
+        """Keys that are set already; 0 for a call that isn't resumed."""
+        crc32: builtins.int
+        """CRC-32 of those keys, in order, so that a client that resumes can check that they are its own."""
+        @property
+        def encodings(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[global___Encoding.ValueType]:
+            """Encodings that chunks may have."""
+
+        @property
+        def max_slice_time(self) -> google.protobuf.duration_pb2.Duration:
+            """The limit that holds for one ioctl."""
+
+        def __init__(
+            self,
+            *,
+            incarnation: builtins.str = ...,
+            next_gfn: builtins.int = ...,
+            keys_set: builtins.int = ...,
+            crc32: builtins.int = ...,
+            encodings: collections.abc.Iterable[global___Encoding.ValueType] | None = ...,
+            max_slice_time: google.protobuf.duration_pb2.Duration | None = ...,
+        ) -> None: ...
+        def HasField(self, field_name: typing.Literal["max_slice_time", b"max_slice_time"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["crc32", b"crc32", "encodings", b"encodings", "incarnation", b"incarnation", "keys_set", b"keys_set", "max_slice_time", b"max_slice_time", "next_gfn", b"next_gfn"]) -> None: ...
+
     @typing.final
     class Progress(google.protobuf.message.Message):
         """A chunk is set and verified."""
@@ -350,6 +567,7 @@ class SetSkeysResponse(google.protobuf.message.Message):
         KEYS_SET_FIELD_NUMBER: builtins.int
         KEYS_REPAIRED_FIELD_NUMBER: builtins.int
         ENABLED_FIELD_NUMBER: builtins.int
+        CRC32_FIELD_NUMBER: builtins.int
         next_gfn: builtins.int
         """The frame that the next chunk must begin with: the one after the last set, or the first of the next range."""
         keys_set: builtins.int
@@ -358,6 +576,8 @@ class SetSkeysResponse(google.protobuf.message.Message):
         """How many of them the kernel had lost at first."""
         enabled: builtins.bool
         """This call made the guest use storage keys."""
+        crc32: builtins.int
+        """CRC-32 of the keys set so far, in order."""
         def __init__(
             self,
             *,
@@ -365,35 +585,45 @@ class SetSkeysResponse(google.protobuf.message.Message):
             keys_set: builtins.int = ...,
             keys_repaired: builtins.int = ...,
             enabled: builtins.bool = ...,
+            crc32: builtins.int = ...,
         ) -> None: ...
-        def ClearField(self, field_name: typing.Literal["enabled", b"enabled", "keys_repaired", b"keys_repaired", "keys_set", b"keys_set", "next_gfn", b"next_gfn"]) -> None: ...
+        def ClearField(self, field_name: typing.Literal["crc32", b"crc32", "enabled", b"enabled", "keys_repaired", b"keys_repaired", "keys_set", b"keys_set", "next_gfn", b"next_gfn"]) -> None: ...
 
     @typing.final
     class Result(google.protobuf.message.Message):
-        """All ranges are set and verified."""
+        """All ranges are set and verified, or checked with validate_only."""
 
         DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
         KEYS_SET_FIELD_NUMBER: builtins.int
         KEYS_REPAIRED_FIELD_NUMBER: builtins.int
         ENABLED_FIELD_NUMBER: builtins.int
+        OUTCOME_FIELD_NUMBER: builtins.int
+        CRC32_FIELD_NUMBER: builtins.int
         keys_set: builtins.int
-        """Keys set."""
+        """Keys set; with validate_only those checked."""
         keys_repaired: builtins.int
         """How many of them the kernel had lost at first."""
         enabled: builtins.bool
         """This call made the guest use storage keys."""
+        outcome: global___SetSkeysResponse.Outcome.ValueType
+        """What it came to."""
+        crc32: builtins.int
+        """CRC-32 of all keys, in order."""
         def __init__(
             self,
             *,
             keys_set: builtins.int = ...,
             keys_repaired: builtins.int = ...,
             enabled: builtins.bool = ...,
+            outcome: global___SetSkeysResponse.Outcome.ValueType = ...,
+            crc32: builtins.int = ...,
         ) -> None: ...
-        def ClearField(self, field_name: typing.Literal["enabled", b"enabled", "keys_repaired", b"keys_repaired", "keys_set", b"keys_set"]) -> None: ...
+        def ClearField(self, field_name: typing.Literal["crc32", b"crc32", "enabled", b"enabled", "keys_repaired", b"keys_repaired", "keys_set", b"keys_set", "outcome", b"outcome"]) -> None: ...
 
     PROGRESS_FIELD_NUMBER: builtins.int
     RESULT_FIELD_NUMBER: builtins.int
+    BEGUN_FIELD_NUMBER: builtins.int
     @property
     def progress(self) -> global___SetSkeysResponse.Progress:
         """After each chunk."""
@@ -402,15 +632,20 @@ class SetSkeysResponse(google.protobuf.message.Message):
     def result(self) -> global___SetSkeysResponse.Result:
         """After Commit."""
 
+    @property
+    def begun(self) -> global___SetSkeysResponse.Begun:
+        """First of all."""
+
     def __init__(
         self,
         *,
         progress: global___SetSkeysResponse.Progress | None = ...,
         result: global___SetSkeysResponse.Result | None = ...,
+        begun: global___SetSkeysResponse.Begun | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["part", b"part", "progress", b"progress", "result", b"result"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["part", b"part", "progress", b"progress", "result", b"result"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["part", b"part"]) -> typing.Literal["progress", "result"] | None: ...
+    def HasField(self, field_name: typing.Literal["begun", b"begun", "part", b"part", "progress", b"progress", "result", b"result"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["begun", b"begun", "part", b"part", "progress", b"progress", "result", b"result"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["part", b"part"]) -> typing.Literal["progress", "result", "begun"] | None: ...
 
 global___SetSkeysResponse = SetSkeysResponse
 
@@ -565,3 +800,255 @@ class ResetReferencedResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["was_changed", b"was_changed", "was_referenced", b"was_referenced"]) -> None: ...
 
 global___ResetReferencedResponse = ResetReferencedResponse
+
+@typing.final
+class DigestSkeysRequest(google.protobuf.message.Message):
+    """Which keys to digest."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class NodeId(google.protobuf.message.Message):
+        """A node of the tree."""
+
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        LEVEL_FIELD_NUMBER: builtins.int
+        START_GFN_FIELD_NUMBER: builtins.int
+        level: builtins.int
+        """0 for a leaf of 65,536 frames, to 6 for the root; each level has 256 nodes of the one below."""
+        start_gfn: builtins.int
+        """Its first frame, a multiple of the frames that a node of its level spans."""
+        def __init__(
+            self,
+            *,
+            level: builtins.int = ...,
+            start_gfn: builtins.int = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["level", b"level", "start_gfn", b"start_gfn"]) -> None: ...
+
+    VM_FIELD_NUMBER: builtins.int
+    RANGES_FIELD_NUMBER: builtins.int
+    WITH_REFERENCED_CHANGED_FIELD_NUMBER: builtins.int
+    NODE_FIELD_NUMBER: builtins.int
+    MAX_SLICE_TIME_FIELD_NUMBER: builtins.int
+    vm: builtins.str
+    """"vms/{vm}"."""
+    with_referenced_changed: builtins.bool
+    """Cover the referenced and changed bits too. They change as the guest runs."""
+    @property
+    def ranges(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[skeyd.v1.vm_pb2.GfnRange]:
+        """As in GetSkeysRequest. The digest depends on which frames the ranges hold, and not on how they are cut."""
+
+    @property
+    def node(self) -> global___DigestSkeysRequest.NodeId:
+        """Which node. Not set: the root."""
+
+    @property
+    def max_slice_time(self) -> google.protobuf.duration_pb2.Duration:
+        """As in GetSkeysRequest."""
+
+    def __init__(
+        self,
+        *,
+        vm: builtins.str = ...,
+        ranges: collections.abc.Iterable[skeyd.v1.vm_pb2.GfnRange] | None = ...,
+        with_referenced_changed: builtins.bool = ...,
+        node: global___DigestSkeysRequest.NodeId | None = ...,
+        max_slice_time: google.protobuf.duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["max_slice_time", b"max_slice_time", "node", b"node"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["max_slice_time", b"max_slice_time", "node", b"node", "ranges", b"ranges", "vm", b"vm", "with_referenced_changed", b"with_referenced_changed"]) -> None: ...
+
+global___DigestSkeysRequest = DigestSkeysRequest
+
+@typing.final
+class DigestSkeysResponse(google.protobuf.message.Message):
+    """A digest."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class Node(google.protobuf.message.Message):
+        """A node of the tree that holds at least one key."""
+
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        LEVEL_FIELD_NUMBER: builtins.int
+        START_GFN_FIELD_NUMBER: builtins.int
+        KEYS_FIELD_NUMBER: builtins.int
+        SHA256_FIELD_NUMBER: builtins.int
+        level: builtins.int
+        """As in NodeId."""
+        start_gfn: builtins.int
+        """As in NodeId."""
+        keys: builtins.int
+        """Keys that it covers."""
+        sha256: builtins.bytes
+        """Its digest, 32 bytes."""
+        def __init__(
+            self,
+            *,
+            level: builtins.int = ...,
+            start_gfn: builtins.int = ...,
+            keys: builtins.int = ...,
+            sha256: builtins.bytes = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["keys", b"keys", "level", b"level", "sha256", b"sha256", "start_gfn", b"start_gfn"]) -> None: ...
+
+    USES_STORAGE_KEYS_FIELD_NUMBER: builtins.int
+    NODE_FIELD_NUMBER: builtins.int
+    BRANCH_FIELD_NUMBER: builtins.int
+    CHILDREN_FIELD_NUMBER: builtins.int
+    INCARNATION_FIELD_NUMBER: builtins.int
+    uses_storage_keys: builtins.bool
+    """False: there are no keys, and so no digest."""
+    incarnation: builtins.str
+    """The worker's incarnation."""
+    @property
+    def node(self) -> global___DigestSkeysResponse.Node:
+        """The node that was asked for. Not set where it covers no keys."""
+
+    @property
+    def branch(self) -> global___DigestSkeysResponse.Node:
+        """The lowest node below it, or itself, that covers the same keys: where the tree branches, or a leaf."""
+
+    @property
+    def children(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___DigestSkeysResponse.Node]:
+        """The nodes of the next level below `branch`, ascending; none below a leaf."""
+
+    def __init__(
+        self,
+        *,
+        uses_storage_keys: builtins.bool = ...,
+        node: global___DigestSkeysResponse.Node | None = ...,
+        branch: global___DigestSkeysResponse.Node | None = ...,
+        children: collections.abc.Iterable[global___DigestSkeysResponse.Node] | None = ...,
+        incarnation: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["branch", b"branch", "node", b"node"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["branch", b"branch", "children", b"children", "incarnation", b"incarnation", "node", b"node", "uses_storage_keys", b"uses_storage_keys"]) -> None: ...
+
+global___DigestSkeysResponse = DigestSkeysResponse
+
+@typing.final
+class SummarizeSkeysRequest(google.protobuf.message.Message):
+    """Which keys to count."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VM_FIELD_NUMBER: builtins.int
+    RANGES_FIELD_NUMBER: builtins.int
+    MAX_SLICE_TIME_FIELD_NUMBER: builtins.int
+    vm: builtins.str
+    """"vms/{vm}"."""
+    @property
+    def ranges(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[skeyd.v1.vm_pb2.GfnRange]:
+        """As in GetSkeysRequest."""
+
+    @property
+    def max_slice_time(self) -> google.protobuf.duration_pb2.Duration:
+        """As in GetSkeysRequest."""
+
+    def __init__(
+        self,
+        *,
+        vm: builtins.str = ...,
+        ranges: collections.abc.Iterable[skeyd.v1.vm_pb2.GfnRange] | None = ...,
+        max_slice_time: google.protobuf.duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["max_slice_time", b"max_slice_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["max_slice_time", b"max_slice_time", "ranges", b"ranges", "vm", b"vm"]) -> None: ...
+
+global___SummarizeSkeysRequest = SummarizeSkeysRequest
+
+@typing.final
+class SummarizeSkeysResponse(google.protobuf.message.Message):
+    """What there is."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class KeyCount(google.protobuf.message.Message):
+        """Frames that have one key."""
+
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        COUNT_FIELD_NUMBER: builtins.int
+        key: builtins.int
+        """The key: all of its bits, so that the counts are a histogram by ACC, F, R and C."""
+        count: builtins.int
+        """How many."""
+        def __init__(
+            self,
+            *,
+            key: builtins.int = ...,
+            count: builtins.int = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["count", b"count", "key", b"key"]) -> None: ...
+
+    @typing.final
+    class Run(google.protobuf.message.Message):
+        """Frames that follow one another and have one key."""
+
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        START_GFN_FIELD_NUMBER: builtins.int
+        COUNT_FIELD_NUMBER: builtins.int
+        KEY_FIELD_NUMBER: builtins.int
+        start_gfn: builtins.int
+        """First frame."""
+        count: builtins.int
+        """Frames."""
+        key: builtins.int
+        """Their key."""
+        def __init__(
+            self,
+            *,
+            start_gfn: builtins.int = ...,
+            count: builtins.int = ...,
+            key: builtins.int = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["count", b"count", "key", b"key", "start_gfn", b"start_gfn"]) -> None: ...
+
+    USES_STORAGE_KEYS_FIELD_NUMBER: builtins.int
+    KEYS_FIELD_NUMBER: builtins.int
+    GAP_FRAMES_FIELD_NUMBER: builtins.int
+    COUNTS_FIELD_NUMBER: builtins.int
+    RUNS_FIELD_NUMBER: builtins.int
+    LONGEST_RUN_FIELD_NUMBER: builtins.int
+    INCARNATION_FIELD_NUMBER: builtins.int
+    uses_storage_keys: builtins.bool
+    """False: the guest uses no storage keys, and all else is empty."""
+    keys: builtins.int
+    """Keys that were counted."""
+    gap_frames: builtins.int
+    """Frames inside the ranges that are in no memory slot."""
+    runs: builtins.int
+    """Runs of one key. A gap and the edge of a range end a run."""
+    incarnation: builtins.str
+    """The worker's incarnation."""
+    @property
+    def counts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SummarizeSkeysResponse.KeyCount]:
+        """The counts, ascending by key; keys that no frame has are left out."""
+
+    @property
+    def longest_run(self) -> global___SummarizeSkeysResponse.Run:
+        """The longest run; the first of several."""
+
+    def __init__(
+        self,
+        *,
+        uses_storage_keys: builtins.bool = ...,
+        keys: builtins.int = ...,
+        gap_frames: builtins.int = ...,
+        counts: collections.abc.Iterable[global___SummarizeSkeysResponse.KeyCount] | None = ...,
+        runs: builtins.int = ...,
+        longest_run: global___SummarizeSkeysResponse.Run | None = ...,
+        incarnation: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["longest_run", b"longest_run"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["counts", b"counts", "gap_frames", b"gap_frames", "incarnation", b"incarnation", "keys", b"keys", "longest_run", b"longest_run", "runs", b"runs", "uses_storage_keys", b"uses_storage_keys"]) -> None: ...
+
+global___SummarizeSkeysResponse = SummarizeSkeysResponse

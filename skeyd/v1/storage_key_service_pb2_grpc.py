@@ -41,6 +41,16 @@ class StorageKeyServiceStub(object):
                 request_serializer=skeyd_dot_v1_dot_storage__key__service__pb2.ResetReferencedRequest.SerializeToString,
                 response_deserializer=skeyd_dot_v1_dot_storage__key__service__pb2.ResetReferencedResponse.FromString,
                 )
+        self.DigestSkeys = channel.unary_unary(
+                '/skeyd.v1.StorageKeyService/DigestSkeys',
+                request_serializer=skeyd_dot_v1_dot_storage__key__service__pb2.DigestSkeysRequest.SerializeToString,
+                response_deserializer=skeyd_dot_v1_dot_storage__key__service__pb2.DigestSkeysResponse.FromString,
+                )
+        self.SummarizeSkeys = channel.unary_unary(
+                '/skeyd.v1.StorageKeyService/SummarizeSkeys',
+                request_serializer=skeyd_dot_v1_dot_storage__key__service__pb2.SummarizeSkeysRequest.SerializeToString,
+                response_deserializer=skeyd_dot_v1_dot_storage__key__service__pb2.SummarizeSkeysResponse.FromString,
+                )
 
 
 class StorageKeyServiceServicer(object):
@@ -53,6 +63,10 @@ class StorageKeyServiceServicer(object):
         A stream without a Trailer failed, whatever came before. A guest that uses no storage keys is an answer:
         the header says so and the trailer follows at once.
 
+        A stream that was cut goes on where it was: with `resume`, and all else in the request as before, the parts that
+        follow the header are those that would have followed in the unbroken stream, and so is the trailer.
+
+        ABORTED VM_REPLACED: the VM to be resumed is gone, and another has its name.
         NOT_FOUND VM_NOT_FOUND. INVALID_ARGUMENT RANGE_EMPTY, RANGE_OVERFLOW, RANGES_NOT_ASCENDING, REQUEST_INVALID,
         VM_ID_INVALID. FAILED_PRECONDITION VM_DEAD, VM_QUARANTINED. RESOURCE_EXHAUSTED TOO_MANY_STREAMS.
         OUT_OF_RANGE GFN_NOT_MAPPED: a range begins or ends at a frame in no memory slot.
@@ -63,23 +77,32 @@ class StorageKeyServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def SetSkeys(self, request_iterator, context):
-        """Sets keys (KVM_S390_SET_SKEYS): the client sends one Header, Chunks that cover the header's ranges in order and
-        without a break, and Commit. Each chunk is checked whole before the kernel sees any of it; then its keys are set,
-        read back, compared and set again where the kernel lost them: where access-control bits or fetch protection differ,
-        or a referenced or changed bit is missing; one too many is no loss, since touching a frame sets them.
-        One Progress answers each chunk and one Result answers Commit.
+        """Sets keys (KVM_S390_SET_SKEYS), all or none: the client sends one Header, Chunks that cover the header's ranges in
+        order and without a break, and Commit. Begun answers the header, one Progress each chunk, and Result the Commit.
+        Each chunk is checked whole before the kernel sees any of it; then its keys are set, read back, compared and set
+        again where the kernel lost them: where access-control bits or fetch protection differ, or a referenced or changed
+        bit is missing; one too many is no loss, since touching a frame sets them.
 
-        What a chunk set stays set when a later one fails or the stream is cut: ErrorInfo metadata says which frames
-        ("next_gfn", "keys_set", and "uncertain" for a slice that the kernel stopped in the middle of), and "enabled" that
-        the guest uses storage keys since this call.
+        Until Commit the VM's worker keeps the old keys. Whatever ends the call before (an error, a deadline, a client, a
+        connection or a daemon that is gone) has it set them again and verify them, by itself; reading goes on meanwhile and
+        sees both old keys and new ones. ErrorInfo metadata "outcome" says what came of it: UNCHANGED (nothing was set),
+        ROLLED_BACK, DIRTY (the kernel refused the old keys too; "dirty" has the ranges whose keys are neither known to be
+        old nor new), KEPT (with ON_INTERRUPT_KEEP: "next_gfn", "keys_set" and "crc32" say up to where the new keys are,
+        "uncertain" which frames the kernel stopped in the middle of), or UNKNOWN (the worker is gone, or can't be asked);
+        "enabled" says that the guest uses storage keys since this call, which nothing undoes. Who can't be told, since
+        the connection is gone, asks GetVm, whose `last_write` has it, or sends the same request_id again.
 
-        INVALID_ARGUMENT CHUNK_OUT_OF_ORDER, CHUNK_SIZE_MISMATCH, KEY_RESERVED_BIT, ENCODING_UNSUPPORTED and as above.
+        INVALID_ARGUMENT CHUNK_OUT_OF_ORDER, CHUNK_SIZE_MISMATCH, CHUNK_ENCODING_INVALID, KEY_RESERVED_BIT,
+        ENCODING_UNSUPPORTED, REQUEST_ID_REUSED and as above.
         DATA_LOSS CHUNK_CHECKSUM_MISMATCH: the keys are not those whose checksum was sent.
         DATA_LOSS KEYS_NOT_STORED: the kernel lost keys and did not take them again.
+        DATA_LOSS RESULT_DIGEST_MISMATCH: all keys were set, and they are not those of `resulting_digest`.
         OUT_OF_RANGE GFN_NOT_MAPPED: a range has a frame in no memory slot.
         FAILED_PRECONDITION SKEYS_NOT_ENABLED: the guest uses no storage keys and allow_enable is not set.
+        FAILED_PRECONDITION EXPECTED_DIGEST_MISMATCH, NOTHING_TO_RESUME.
         The VM can't be used for the reasons given at GetSkeys.
-        ABORTED VM_BUSY: another SetSkeys runs on this VM. ABORTED STREAM_INCOMPLETE: the stream ended without Commit.
+        ABORTED VM_BUSY: another SetSkeys runs on this VM, or is being rolled back.
+        ABORTED STREAM_INCOMPLETE: the stream ended without Commit.
         CANCELLED, without details: the client let the stream stand still for longer than the daemon waits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -120,6 +143,26 @@ class StorageKeyServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DigestSkeys(self, request, context):
+        """Digests keys where they are: the root of a hash tree (docs/digest.md) over all keys of the ranges, or a node below it
+        with the nodes below that one. Two VMs, two hosts or a file compare so in 32 bytes, and walking down finds what
+        differs without moving the rest.
+
+        INVALID_ARGUMENT REQUEST_INVALID: there is no such node. Else as GetSkeys.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SummarizeSkeys(self, request, context):
+        """Counts keys where they are: how many frames have which key, and how the keys lie.
+
+        Refused as GetSkeys.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StorageKeyServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -147,6 +190,16 @@ def add_StorageKeyServiceServicer_to_server(servicer, server):
                     servicer.ResetReferenced,
                     request_deserializer=skeyd_dot_v1_dot_storage__key__service__pb2.ResetReferencedRequest.FromString,
                     response_serializer=skeyd_dot_v1_dot_storage__key__service__pb2.ResetReferencedResponse.SerializeToString,
+            ),
+            'DigestSkeys': grpc.unary_unary_rpc_method_handler(
+                    servicer.DigestSkeys,
+                    request_deserializer=skeyd_dot_v1_dot_storage__key__service__pb2.DigestSkeysRequest.FromString,
+                    response_serializer=skeyd_dot_v1_dot_storage__key__service__pb2.DigestSkeysResponse.SerializeToString,
+            ),
+            'SummarizeSkeys': grpc.unary_unary_rpc_method_handler(
+                    servicer.SummarizeSkeys,
+                    request_deserializer=skeyd_dot_v1_dot_storage__key__service__pb2.SummarizeSkeysRequest.FromString,
+                    response_serializer=skeyd_dot_v1_dot_storage__key__service__pb2.SummarizeSkeysResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -242,5 +295,39 @@ class StorageKeyService(object):
         return grpc.experimental.unary_unary(request, target, '/skeyd.v1.StorageKeyService/ResetReferenced',
             skeyd_dot_v1_dot_storage__key__service__pb2.ResetReferencedRequest.SerializeToString,
             skeyd_dot_v1_dot_storage__key__service__pb2.ResetReferencedResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def DigestSkeys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/skeyd.v1.StorageKeyService/DigestSkeys',
+            skeyd_dot_v1_dot_storage__key__service__pb2.DigestSkeysRequest.SerializeToString,
+            skeyd_dot_v1_dot_storage__key__service__pb2.DigestSkeysResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def SummarizeSkeys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/skeyd.v1.StorageKeyService/SummarizeSkeys',
+            skeyd_dot_v1_dot_storage__key__service__pb2.SummarizeSkeysRequest.SerializeToString,
+            skeyd_dot_v1_dot_storage__key__service__pb2.SummarizeSkeysResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

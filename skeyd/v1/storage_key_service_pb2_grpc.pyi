@@ -31,6 +31,10 @@ class StorageKeyServiceStub:
     A stream without a Trailer failed, whatever came before. A guest that uses no storage keys is an answer:
     the header says so and the trailer follows at once.
 
+    A stream that was cut goes on where it was: with `resume`, and all else in the request as before, the parts that
+    follow the header are those that would have followed in the unbroken stream, and so is the trailer.
+
+    ABORTED VM_REPLACED: the VM to be resumed is gone, and another has its name.
     NOT_FOUND VM_NOT_FOUND. INVALID_ARGUMENT RANGE_EMPTY, RANGE_OVERFLOW, RANGES_NOT_ASCENDING, REQUEST_INVALID,
     VM_ID_INVALID. FAILED_PRECONDITION VM_DEAD, VM_QUARANTINED. RESOURCE_EXHAUSTED TOO_MANY_STREAMS.
     OUT_OF_RANGE GFN_NOT_MAPPED: a range begins or ends at a frame in no memory slot.
@@ -41,23 +45,32 @@ class StorageKeyServiceStub:
         skeyd.v1.storage_key_service_pb2.SetSkeysRequest,
         skeyd.v1.storage_key_service_pb2.SetSkeysResponse,
     ]
-    """Sets keys (KVM_S390_SET_SKEYS): the client sends one Header, Chunks that cover the header's ranges in order and
-    without a break, and Commit. Each chunk is checked whole before the kernel sees any of it; then its keys are set,
-    read back, compared and set again where the kernel lost them: where access-control bits or fetch protection differ,
-    or a referenced or changed bit is missing; one too many is no loss, since touching a frame sets them.
-    One Progress answers each chunk and one Result answers Commit.
+    """Sets keys (KVM_S390_SET_SKEYS), all or none: the client sends one Header, Chunks that cover the header's ranges in
+    order and without a break, and Commit. Begun answers the header, one Progress each chunk, and Result the Commit.
+    Each chunk is checked whole before the kernel sees any of it; then its keys are set, read back, compared and set
+    again where the kernel lost them: where access-control bits or fetch protection differ, or a referenced or changed
+    bit is missing; one too many is no loss, since touching a frame sets them.
 
-    What a chunk set stays set when a later one fails or the stream is cut: ErrorInfo metadata says which frames
-    ("next_gfn", "keys_set", and "uncertain" for a slice that the kernel stopped in the middle of), and "enabled" that
-    the guest uses storage keys since this call.
+    Until Commit the VM's worker keeps the old keys. Whatever ends the call before (an error, a deadline, a client, a
+    connection or a daemon that is gone) has it set them again and verify them, by itself; reading goes on meanwhile and
+    sees both old keys and new ones. ErrorInfo metadata "outcome" says what came of it: UNCHANGED (nothing was set),
+    ROLLED_BACK, DIRTY (the kernel refused the old keys too; "dirty" has the ranges whose keys are neither known to be
+    old nor new), KEPT (with ON_INTERRUPT_KEEP: "next_gfn", "keys_set" and "crc32" say up to where the new keys are,
+    "uncertain" which frames the kernel stopped in the middle of), or UNKNOWN (the worker is gone, or can't be asked);
+    "enabled" says that the guest uses storage keys since this call, which nothing undoes. Who can't be told, since
+    the connection is gone, asks GetVm, whose `last_write` has it, or sends the same request_id again.
 
-    INVALID_ARGUMENT CHUNK_OUT_OF_ORDER, CHUNK_SIZE_MISMATCH, KEY_RESERVED_BIT, ENCODING_UNSUPPORTED and as above.
+    INVALID_ARGUMENT CHUNK_OUT_OF_ORDER, CHUNK_SIZE_MISMATCH, CHUNK_ENCODING_INVALID, KEY_RESERVED_BIT,
+    ENCODING_UNSUPPORTED, REQUEST_ID_REUSED and as above.
     DATA_LOSS CHUNK_CHECKSUM_MISMATCH: the keys are not those whose checksum was sent.
     DATA_LOSS KEYS_NOT_STORED: the kernel lost keys and did not take them again.
+    DATA_LOSS RESULT_DIGEST_MISMATCH: all keys were set, and they are not those of `resulting_digest`.
     OUT_OF_RANGE GFN_NOT_MAPPED: a range has a frame in no memory slot.
     FAILED_PRECONDITION SKEYS_NOT_ENABLED: the guest uses no storage keys and allow_enable is not set.
+    FAILED_PRECONDITION EXPECTED_DIGEST_MISMATCH, NOTHING_TO_RESUME.
     The VM can't be used for the reasons given at GetSkeys.
-    ABORTED VM_BUSY: another SetSkeys runs on this VM. ABORTED STREAM_INCOMPLETE: the stream ended without Commit.
+    ABORTED VM_BUSY: another SetSkeys runs on this VM, or is being rolled back.
+    ABORTED STREAM_INCOMPLETE: the stream ended without Commit.
     CANCELLED, without details: the client let the stream stand still for longer than the daemon waits.
     """
 
@@ -95,6 +108,26 @@ class StorageKeyServiceStub:
     FAILED_PRECONDITION SKEYS_NOT_ENABLED: the guest uses no storage keys. Else as SetSkey.
     """
 
+    DigestSkeys: grpc.UnaryUnaryMultiCallable[
+        skeyd.v1.storage_key_service_pb2.DigestSkeysRequest,
+        skeyd.v1.storage_key_service_pb2.DigestSkeysResponse,
+    ]
+    """Digests keys where they are: the root of a hash tree (docs/digest.md) over all keys of the ranges, or a node below it
+    with the nodes below that one. Two VMs, two hosts or a file compare so in 32 bytes, and walking down finds what
+    differs without moving the rest.
+
+    INVALID_ARGUMENT REQUEST_INVALID: there is no such node. Else as GetSkeys.
+    """
+
+    SummarizeSkeys: grpc.UnaryUnaryMultiCallable[
+        skeyd.v1.storage_key_service_pb2.SummarizeSkeysRequest,
+        skeyd.v1.storage_key_service_pb2.SummarizeSkeysResponse,
+    ]
+    """Counts keys where they are: how many frames have which key, and how the keys lie.
+
+    Refused as GetSkeys.
+    """
+
 class StorageKeyServiceAsyncStub:
     """Reads and sets storage keys. A key is one byte a frame: access-control bits 0xF0, fetch protection 0x08,
     referenced 0x04, changed 0x02; the lowest bit is reserved and always 0.
@@ -108,6 +141,10 @@ class StorageKeyServiceAsyncStub:
     A stream without a Trailer failed, whatever came before. A guest that uses no storage keys is an answer:
     the header says so and the trailer follows at once.
 
+    A stream that was cut goes on where it was: with `resume`, and all else in the request as before, the parts that
+    follow the header are those that would have followed in the unbroken stream, and so is the trailer.
+
+    ABORTED VM_REPLACED: the VM to be resumed is gone, and another has its name.
     NOT_FOUND VM_NOT_FOUND. INVALID_ARGUMENT RANGE_EMPTY, RANGE_OVERFLOW, RANGES_NOT_ASCENDING, REQUEST_INVALID,
     VM_ID_INVALID. FAILED_PRECONDITION VM_DEAD, VM_QUARANTINED. RESOURCE_EXHAUSTED TOO_MANY_STREAMS.
     OUT_OF_RANGE GFN_NOT_MAPPED: a range begins or ends at a frame in no memory slot.
@@ -118,23 +155,32 @@ class StorageKeyServiceAsyncStub:
         skeyd.v1.storage_key_service_pb2.SetSkeysRequest,
         skeyd.v1.storage_key_service_pb2.SetSkeysResponse,
     ]
-    """Sets keys (KVM_S390_SET_SKEYS): the client sends one Header, Chunks that cover the header's ranges in order and
-    without a break, and Commit. Each chunk is checked whole before the kernel sees any of it; then its keys are set,
-    read back, compared and set again where the kernel lost them: where access-control bits or fetch protection differ,
-    or a referenced or changed bit is missing; one too many is no loss, since touching a frame sets them.
-    One Progress answers each chunk and one Result answers Commit.
+    """Sets keys (KVM_S390_SET_SKEYS), all or none: the client sends one Header, Chunks that cover the header's ranges in
+    order and without a break, and Commit. Begun answers the header, one Progress each chunk, and Result the Commit.
+    Each chunk is checked whole before the kernel sees any of it; then its keys are set, read back, compared and set
+    again where the kernel lost them: where access-control bits or fetch protection differ, or a referenced or changed
+    bit is missing; one too many is no loss, since touching a frame sets them.
 
-    What a chunk set stays set when a later one fails or the stream is cut: ErrorInfo metadata says which frames
-    ("next_gfn", "keys_set", and "uncertain" for a slice that the kernel stopped in the middle of), and "enabled" that
-    the guest uses storage keys since this call.
+    Until Commit the VM's worker keeps the old keys. Whatever ends the call before (an error, a deadline, a client, a
+    connection or a daemon that is gone) has it set them again and verify them, by itself; reading goes on meanwhile and
+    sees both old keys and new ones. ErrorInfo metadata "outcome" says what came of it: UNCHANGED (nothing was set),
+    ROLLED_BACK, DIRTY (the kernel refused the old keys too; "dirty" has the ranges whose keys are neither known to be
+    old nor new), KEPT (with ON_INTERRUPT_KEEP: "next_gfn", "keys_set" and "crc32" say up to where the new keys are,
+    "uncertain" which frames the kernel stopped in the middle of), or UNKNOWN (the worker is gone, or can't be asked);
+    "enabled" says that the guest uses storage keys since this call, which nothing undoes. Who can't be told, since
+    the connection is gone, asks GetVm, whose `last_write` has it, or sends the same request_id again.
 
-    INVALID_ARGUMENT CHUNK_OUT_OF_ORDER, CHUNK_SIZE_MISMATCH, KEY_RESERVED_BIT, ENCODING_UNSUPPORTED and as above.
+    INVALID_ARGUMENT CHUNK_OUT_OF_ORDER, CHUNK_SIZE_MISMATCH, CHUNK_ENCODING_INVALID, KEY_RESERVED_BIT,
+    ENCODING_UNSUPPORTED, REQUEST_ID_REUSED and as above.
     DATA_LOSS CHUNK_CHECKSUM_MISMATCH: the keys are not those whose checksum was sent.
     DATA_LOSS KEYS_NOT_STORED: the kernel lost keys and did not take them again.
+    DATA_LOSS RESULT_DIGEST_MISMATCH: all keys were set, and they are not those of `resulting_digest`.
     OUT_OF_RANGE GFN_NOT_MAPPED: a range has a frame in no memory slot.
     FAILED_PRECONDITION SKEYS_NOT_ENABLED: the guest uses no storage keys and allow_enable is not set.
+    FAILED_PRECONDITION EXPECTED_DIGEST_MISMATCH, NOTHING_TO_RESUME.
     The VM can't be used for the reasons given at GetSkeys.
-    ABORTED VM_BUSY: another SetSkeys runs on this VM. ABORTED STREAM_INCOMPLETE: the stream ended without Commit.
+    ABORTED VM_BUSY: another SetSkeys runs on this VM, or is being rolled back.
+    ABORTED STREAM_INCOMPLETE: the stream ended without Commit.
     CANCELLED, without details: the client let the stream stand still for longer than the daemon waits.
     """
 
@@ -172,6 +218,26 @@ class StorageKeyServiceAsyncStub:
     FAILED_PRECONDITION SKEYS_NOT_ENABLED: the guest uses no storage keys. Else as SetSkey.
     """
 
+    DigestSkeys: grpc.aio.UnaryUnaryMultiCallable[
+        skeyd.v1.storage_key_service_pb2.DigestSkeysRequest,
+        skeyd.v1.storage_key_service_pb2.DigestSkeysResponse,
+    ]
+    """Digests keys where they are: the root of a hash tree (docs/digest.md) over all keys of the ranges, or a node below it
+    with the nodes below that one. Two VMs, two hosts or a file compare so in 32 bytes, and walking down finds what
+    differs without moving the rest.
+
+    INVALID_ARGUMENT REQUEST_INVALID: there is no such node. Else as GetSkeys.
+    """
+
+    SummarizeSkeys: grpc.aio.UnaryUnaryMultiCallable[
+        skeyd.v1.storage_key_service_pb2.SummarizeSkeysRequest,
+        skeyd.v1.storage_key_service_pb2.SummarizeSkeysResponse,
+    ]
+    """Counts keys where they are: how many frames have which key, and how the keys lie.
+
+    Refused as GetSkeys.
+    """
+
 class StorageKeyServiceServicer(metaclass=abc.ABCMeta):
     """Reads and sets storage keys. A key is one byte a frame: access-control bits 0xF0, fetch protection 0x08,
     referenced 0x04, changed 0x02; the lowest bit is reserved and always 0.
@@ -187,6 +253,10 @@ class StorageKeyServiceServicer(metaclass=abc.ABCMeta):
         A stream without a Trailer failed, whatever came before. A guest that uses no storage keys is an answer:
         the header says so and the trailer follows at once.
 
+        A stream that was cut goes on where it was: with `resume`, and all else in the request as before, the parts that
+        follow the header are those that would have followed in the unbroken stream, and so is the trailer.
+
+        ABORTED VM_REPLACED: the VM to be resumed is gone, and another has its name.
         NOT_FOUND VM_NOT_FOUND. INVALID_ARGUMENT RANGE_EMPTY, RANGE_OVERFLOW, RANGES_NOT_ASCENDING, REQUEST_INVALID,
         VM_ID_INVALID. FAILED_PRECONDITION VM_DEAD, VM_QUARANTINED. RESOURCE_EXHAUSTED TOO_MANY_STREAMS.
         OUT_OF_RANGE GFN_NOT_MAPPED: a range begins or ends at a frame in no memory slot.
@@ -199,23 +269,32 @@ class StorageKeyServiceServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[skeyd.v1.storage_key_service_pb2.SetSkeysRequest],
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[skeyd.v1.storage_key_service_pb2.SetSkeysResponse], collections.abc.AsyncIterator[skeyd.v1.storage_key_service_pb2.SetSkeysResponse]]:
-        """Sets keys (KVM_S390_SET_SKEYS): the client sends one Header, Chunks that cover the header's ranges in order and
-        without a break, and Commit. Each chunk is checked whole before the kernel sees any of it; then its keys are set,
-        read back, compared and set again where the kernel lost them: where access-control bits or fetch protection differ,
-        or a referenced or changed bit is missing; one too many is no loss, since touching a frame sets them.
-        One Progress answers each chunk and one Result answers Commit.
+        """Sets keys (KVM_S390_SET_SKEYS), all or none: the client sends one Header, Chunks that cover the header's ranges in
+        order and without a break, and Commit. Begun answers the header, one Progress each chunk, and Result the Commit.
+        Each chunk is checked whole before the kernel sees any of it; then its keys are set, read back, compared and set
+        again where the kernel lost them: where access-control bits or fetch protection differ, or a referenced or changed
+        bit is missing; one too many is no loss, since touching a frame sets them.
 
-        What a chunk set stays set when a later one fails or the stream is cut: ErrorInfo metadata says which frames
-        ("next_gfn", "keys_set", and "uncertain" for a slice that the kernel stopped in the middle of), and "enabled" that
-        the guest uses storage keys since this call.
+        Until Commit the VM's worker keeps the old keys. Whatever ends the call before (an error, a deadline, a client, a
+        connection or a daemon that is gone) has it set them again and verify them, by itself; reading goes on meanwhile and
+        sees both old keys and new ones. ErrorInfo metadata "outcome" says what came of it: UNCHANGED (nothing was set),
+        ROLLED_BACK, DIRTY (the kernel refused the old keys too; "dirty" has the ranges whose keys are neither known to be
+        old nor new), KEPT (with ON_INTERRUPT_KEEP: "next_gfn", "keys_set" and "crc32" say up to where the new keys are,
+        "uncertain" which frames the kernel stopped in the middle of), or UNKNOWN (the worker is gone, or can't be asked);
+        "enabled" says that the guest uses storage keys since this call, which nothing undoes. Who can't be told, since
+        the connection is gone, asks GetVm, whose `last_write` has it, or sends the same request_id again.
 
-        INVALID_ARGUMENT CHUNK_OUT_OF_ORDER, CHUNK_SIZE_MISMATCH, KEY_RESERVED_BIT, ENCODING_UNSUPPORTED and as above.
+        INVALID_ARGUMENT CHUNK_OUT_OF_ORDER, CHUNK_SIZE_MISMATCH, CHUNK_ENCODING_INVALID, KEY_RESERVED_BIT,
+        ENCODING_UNSUPPORTED, REQUEST_ID_REUSED and as above.
         DATA_LOSS CHUNK_CHECKSUM_MISMATCH: the keys are not those whose checksum was sent.
         DATA_LOSS KEYS_NOT_STORED: the kernel lost keys and did not take them again.
+        DATA_LOSS RESULT_DIGEST_MISMATCH: all keys were set, and they are not those of `resulting_digest`.
         OUT_OF_RANGE GFN_NOT_MAPPED: a range has a frame in no memory slot.
         FAILED_PRECONDITION SKEYS_NOT_ENABLED: the guest uses no storage keys and allow_enable is not set.
+        FAILED_PRECONDITION EXPECTED_DIGEST_MISMATCH, NOTHING_TO_RESUME.
         The VM can't be used for the reasons given at GetSkeys.
-        ABORTED VM_BUSY: another SetSkeys runs on this VM. ABORTED STREAM_INCOMPLETE: the stream ended without Commit.
+        ABORTED VM_BUSY: another SetSkeys runs on this VM, or is being rolled back.
+        ABORTED STREAM_INCOMPLETE: the stream ended without Commit.
         CANCELLED, without details: the client let the stream stand still for longer than the daemon waits.
         """
 
@@ -257,6 +336,30 @@ class StorageKeyServiceServicer(metaclass=abc.ABCMeta):
 
         UNIMPLEMENTED CAP_S390_KEYOP_MISSING: the VM's kernel is older than Linux 7.0, and nothing else does it in one step.
         FAILED_PRECONDITION SKEYS_NOT_ENABLED: the guest uses no storage keys. Else as SetSkey.
+        """
+
+    @abc.abstractmethod
+    def DigestSkeys(
+        self,
+        request: skeyd.v1.storage_key_service_pb2.DigestSkeysRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[skeyd.v1.storage_key_service_pb2.DigestSkeysResponse, collections.abc.Awaitable[skeyd.v1.storage_key_service_pb2.DigestSkeysResponse]]:
+        """Digests keys where they are: the root of a hash tree (docs/digest.md) over all keys of the ranges, or a node below it
+        with the nodes below that one. Two VMs, two hosts or a file compare so in 32 bytes, and walking down finds what
+        differs without moving the rest.
+
+        INVALID_ARGUMENT REQUEST_INVALID: there is no such node. Else as GetSkeys.
+        """
+
+    @abc.abstractmethod
+    def SummarizeSkeys(
+        self,
+        request: skeyd.v1.storage_key_service_pb2.SummarizeSkeysRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[skeyd.v1.storage_key_service_pb2.SummarizeSkeysResponse, collections.abc.Awaitable[skeyd.v1.storage_key_service_pb2.SummarizeSkeysResponse]]:
+        """Counts keys where they are: how many frames have which key, and how the keys lie.
+
+        Refused as GetSkeys.
         """
 
 def add_StorageKeyServiceServicer_to_server(servicer: StorageKeyServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -140,6 +140,42 @@ VM_STATE_DEAD: VmState.ValueType  # 4
 """Its worker is gone and the VM with it, or the kernel has declared the VM dead. Delete it to free the name."""
 global___VmState = VmState
 
+class _WriteOutcome:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _WriteOutcomeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_WriteOutcome.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    WRITE_OUTCOME_UNSPECIFIED: _WriteOutcome.ValueType  # 0
+    """Not known."""
+    WRITE_OUTCOME_APPLIED: _WriteOutcome.ValueType  # 1
+    """All keys are set and verified."""
+    WRITE_OUTCOME_ROLLING_BACK: _WriteOutcome.ValueType  # 2
+    """It ended without Commit, and the old keys are being set again."""
+    WRITE_OUTCOME_ROLLED_BACK: _WriteOutcome.ValueType  # 3
+    """It ended without Commit, and the old keys are set again and verified."""
+    WRITE_OUTCOME_DIRTY: _WriteOutcome.ValueType  # 4
+    """It ended without Commit, and the kernel did not take the old keys everywhere."""
+    WRITE_OUTCOME_KEPT: _WriteOutcome.ValueType  # 5
+    """It ended without Commit, and what it had set stays, as it had asked for."""
+
+class WriteOutcome(_WriteOutcome, metaclass=_WriteOutcomeEnumTypeWrapper):
+    """What a SetSkeys call came to."""
+
+WRITE_OUTCOME_UNSPECIFIED: WriteOutcome.ValueType  # 0
+"""Not known."""
+WRITE_OUTCOME_APPLIED: WriteOutcome.ValueType  # 1
+"""All keys are set and verified."""
+WRITE_OUTCOME_ROLLING_BACK: WriteOutcome.ValueType  # 2
+"""It ended without Commit, and the old keys are being set again."""
+WRITE_OUTCOME_ROLLED_BACK: WriteOutcome.ValueType  # 3
+"""It ended without Commit, and the old keys are set again and verified."""
+WRITE_OUTCOME_DIRTY: WriteOutcome.ValueType  # 4
+"""It ended without Commit, and the kernel did not take the old keys everywhere."""
+WRITE_OUTCOME_KEPT: WriteOutcome.ValueType  # 5
+"""It ended without Commit, and what it had set stays, as it had asked for."""
+global___WriteOutcome = WriteOutcome
+
 @typing.final
 class GfnRange(google.protobuf.message.Message):
     """Frames that follow one another in guest-physical memory. A frame is 4 KiB and has one storage key."""
@@ -210,6 +246,7 @@ class Vm(google.protobuf.message.Message):
     WORKER_VERSION_FIELD_NUMBER: builtins.int
     WORKER_PID_FIELD_NUMBER: builtins.int
     CREATE_TIME_FIELD_NUMBER: builtins.int
+    LAST_WRITE_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Resource name: "vms/{vm}"."""
     uid: builtins.str
@@ -238,6 +275,12 @@ class Vm(google.protobuf.message.Message):
     def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When the VM was created."""
 
+    @property
+    def last_write(self) -> global___LastWrite:
+        """The last SetSkeys that set a key and has ended, or is being rolled back. Not set: there was none, or its worker did
+        not answer or is too old to say.
+        """
+
     def __init__(
         self,
         *,
@@ -253,9 +296,48 @@ class Vm(google.protobuf.message.Message):
         worker_version: builtins.str = ...,
         worker_pid: builtins.int = ...,
         create_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        last_write: global___LastWrite | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_uses_storage_keys", b"_uses_storage_keys", "create_time", b"create_time", "uses_storage_keys", b"uses_storage_keys"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_uses_storage_keys", b"_uses_storage_keys", "create_time", b"create_time", "incarnation", b"incarnation", "kernel", b"kernel", "kind", b"kind", "memory_slots", b"memory_slots", "name", b"name", "state", b"state", "state_reason", b"state_reason", "uid", b"uid", "uses_storage_keys", b"uses_storage_keys", "worker_pid", b"worker_pid", "worker_version", b"worker_version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_uses_storage_keys", b"_uses_storage_keys", "create_time", b"create_time", "last_write", b"last_write", "uses_storage_keys", b"uses_storage_keys"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_uses_storage_keys", b"_uses_storage_keys", "create_time", b"create_time", "incarnation", b"incarnation", "kernel", b"kernel", "kind", b"kind", "last_write", b"last_write", "memory_slots", b"memory_slots", "name", b"name", "state", b"state", "state_reason", b"state_reason", "uid", b"uid", "uses_storage_keys", b"uses_storage_keys", "worker_pid", b"worker_pid", "worker_version", b"worker_version"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_uses_storage_keys", b"_uses_storage_keys"]) -> typing.Literal["uses_storage_keys"] | None: ...
 
 global___Vm = Vm
+
+@typing.final
+class LastWrite(google.protobuf.message.Message):
+    """What became of a SetSkeys call."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    OUTCOME_FIELD_NUMBER: builtins.int
+    NEXT_GFN_FIELD_NUMBER: builtins.int
+    KEYS_SET_FIELD_NUMBER: builtins.int
+    DIRTY_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    """The request_id it was given; empty where it had none."""
+    outcome: global___WriteOutcome.ValueType
+    """What it came to."""
+    next_gfn: builtins.int
+    """For KEPT: the frame after the last that it set and verified."""
+    keys_set: builtins.int
+    """Keys that it had set and verified."""
+    @property
+    def dirty(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___GfnRange]:
+        """For DIRTY: the frames whose keys are neither known to be the old nor the new ones; at most 256 ranges, the last one
+        reaching to the last dirty frame where there are more.
+        """
+
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+        outcome: global___WriteOutcome.ValueType = ...,
+        next_gfn: builtins.int = ...,
+        keys_set: builtins.int = ...,
+        dirty: collections.abc.Iterable[global___GfnRange] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dirty", b"dirty", "keys_set", b"keys_set", "next_gfn", b"next_gfn", "outcome", b"outcome", "request_id", b"request_id"]) -> None: ...
+
+global___LastWrite = LastWrite

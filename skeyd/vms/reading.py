@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange, MemoryMap, Ranges
+from skeyd.limits import DEFAULT_SLICE_SECONDS
 from skeyd.storage_key import first_reserved
+from skeyd.vms.pacing import Pace
+from skeyd.vms.read_ahead import ChunkRead
 from skeyd.vms.session import Session
-from skeyd.worker.protocol import SLICE_KEYS
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,36 +40,71 @@ def check_ranges(memory_map: MemoryMap, ranges: Ranges) -> Ranges:
     return ranges
 
 
-def read(session: Session, ranges: Ranges, chunk_keys: int) -> Iterator[KeysRead | GapRead]:
+def read(session: Session, ranges: Ranges, chunk_keys: int, pace: Pace | None = None) -> Iterator[KeysRead | GapRead]:
+    """As read_chunks, with chunks that are checked, and copied out of the worker's memory."""
+    for part in read_chunks(session, ranges, chunk_keys, pace or Pace(DEFAULT_SLICE_SECONDS)):
+        if isinstance(part, GapRead):
+            yield part
+            continue
+        frames = part.frames
+        require_keys(part)
+        keys = part.copy()
+        assert keys is not None  # noqa: S101  by require_keys
+        yield KeysRead(frames, keys, zlib.crc32(keys))
+        del keys
+
+
+def read_chunks(
+    session: Session, ranges: Ranges, chunk_keys: int, pace: Pace, start_at: int | None = None
+) -> Iterator[ChunkRead | GapRead]:
     """Read checked ranges of a guest that uses storage keys, in chunks of at most `chunk_keys` frames.
 
-    A chunk that is larger than a slice takes several ioctls; one slice is always read ahead.
+    Where a chunk begins depends on the memory slots, the ranges and `chunk_keys` alone: those of a part of memory lie
+    end to end from its first frame on. `start_at`, a frame in a range or the end of the last, leaves out all before it.
+    Of the keys nothing is checked: `require_keys` does that.
     """
     memory_map = session.memory_map
-    slices = session.read_slices(
-        piece
-        for part, mapped in _layout(memory_map, ranges, chunk_keys)
-        if mapped
-        for piece in pieces(part, SLICE_KEYS)
+    chunks = session.read_chunks(
+        (part for part, mapped in _layout(memory_map, ranges, chunk_keys, start_at) if mapped), pace
     )
-    for part, mapped in _layout(memory_map, ranges, chunk_keys):
-        if not mapped:
-            yield GapRead(part)
-            continue
-        keys = b""
-        while len(keys) < part.count:
-            frames, found = next(slices)
-            if found is None:
-                raise SkeydError(
-                    Reason.WORKER_FAILED,
-                    f"the guest used storage keys, and at {frames} it is said to use none",
-                )
-            bad = first_reserved(found)
-            if bad is not None:
-                gfn = frames.start + bad
-                raise SkeydError(Reason.WORKER_FAILED, f"the worker tells of an impossible key at gfn {gfn:#x}")
-            keys = found if not keys else keys + found
-        yield KeysRead(part, keys, zlib.crc32(keys))
+    for part, mapped in _layout(memory_map, ranges, chunk_keys, start_at):
+        yield next(chunks) if mapped else GapRead(part)
+
+
+def require_keys(chunk: ChunkRead) -> tuple[memoryview, ...]:
+    """Return the views of a chunk's keys if they are keys. WORKER_FAILED."""
+    if chunk.views is None:
+        raise SkeydError(
+            Reason.WORKER_FAILED, f"the guest used storage keys, and at {chunk.frames} it is said to use none"
+        )
+    gfn = chunk.frames.start
+    for view in chunk.views:
+        bad = first_reserved(view)
+        if bad is not None:
+            raise SkeydError(Reason.WORKER_FAILED, f"the worker tells of an impossible key at gfn {gfn + bad:#x}")
+        gfn += len(view)
+    return chunk.views
+
+
+def before(memory_map: MemoryMap, ranges: Ranges, gfn: int) -> tuple[int, int]:
+    """Return what of checked ranges lies before a frame: (frames with keys, frames in gaps).
+
+    REQUEST_INVALID where the frame is in no range and isn't the end of the last.
+    """
+    if ranges.at(gfn) is None and gfn != ranges[-1].end:
+        raise SkeydError(
+            Reason.REQUEST_INVALID, f"there is nothing to resume at gfn {gfn:#x}: no range has it", {"gfn": hex(gfn)}
+        )
+    keys, gap_frames = 0, 0
+    for wanted in ranges:
+        if wanted.start >= gfn:
+            break
+        for part, mapped in memory_map.mapped.split(GfnRange(wanted.start, min(wanted.end, gfn) - wanted.start)):
+            if mapped:
+                keys += part.count
+            else:
+                gap_frames += part.count
+    return keys, gap_frames
 
 
 def pieces(frames: GfnRange, most: int) -> Iterator[GfnRange]:
@@ -76,11 +113,29 @@ def pieces(frames: GfnRange, most: int) -> Iterator[GfnRange]:
         yield GfnRange(start, min(most, frames.end - start))
 
 
-def _layout(memory_map: MemoryMap, ranges: Iterable[GfnRange], chunk_keys: int) -> Iterator[tuple[GfnRange, bool]]:
+def _layout(
+    memory_map: MemoryMap, ranges: Iterable[GfnRange], chunk_keys: int, start_at: int | None
+) -> Iterator[tuple[GfnRange, bool]]:
+    start_at = start_at or 0
     for wanted in ranges:
+        if wanted.end <= start_at:
+            continue
         for part, mapped in memory_map.mapped.split(wanted):
+            if part.end <= start_at:
+                continue
+            rest = part
+            if part.start < start_at:
+                rest = GfnRange(start_at, part.end - start_at)
+                if mapped and (start_at - part.start) % chunk_keys:
+                    # What is left of the chunk that it lies in.
+                    left = chunk_keys - (start_at - part.start) % chunk_keys
+                    if left >= rest.count:
+                        yield rest, True
+                        continue
+                    yield GfnRange(start_at, left), True
+                    rest = GfnRange(start_at + left, rest.count - left)
             if mapped:
-                for piece in pieces(part, chunk_keys):
+                for piece in pieces(rest, chunk_keys):
                     yield piece, True
             else:
-                yield part, False
+                yield rest, False

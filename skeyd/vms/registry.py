@@ -227,7 +227,8 @@ class Registry:
             slots=hello.slots,
         )
         try:
-            return session, replace(known, uses_keys=session.uses_keys())
+            uses_keys, last_write = session.status()
+            return session, replace(known, uses_keys=uses_keys, last_write=last_write)
         except SkeydError as error:
             # Who it is is known; what its guest does is not.
             if error.reason is Reason.VM_DEAD:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import mmap
 import os
 import socket
-from collections import deque
+import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from types import TracebackType
 from typing import Any, Self
 
 from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange, MemoryMap
-from skeyd.limits import WORKER_ANSWER_SECONDS, WORKER_HELLO_SECONDS
+from skeyd.limits import DEFAULT_SLICE_SECONDS, WORKER_ANSWER_SECONDS, WORKER_HELLO_SECONDS
 from skeyd.linux import is_sealed_memfd, peer_of
 from skeyd.storage_key import CHANGED, REFERENCED, RESERVED
+from skeyd.vms.pacing import Pace
+from skeyd.vms.read_ahead import ChunkRead, ReadAhead
 from skeyd.worker.channel import Channel, address_in, close_all
+from skeyd.worker.outcomes import Begun, LastWrite
 from skeyd.worker.protocol import (
     BUFFER_BYTES,
-    BUFFERS,
-    SLICE_KEYS,
+    NANOSECONDS_MAX,
     SOCKET,
     Fields,
     Hello,
@@ -40,6 +42,12 @@ class Session:
         self.memory_map = MemoryMap(hello.slots)
         self._channel = channel
         self._buffers: mmap.mmap | None = None
+        self._closing = threading.Lock()
+        self._closed = False
+        self._is_lost = False
+        """An answer didn't come, or was none: the next packet may be the answer to any question."""
+        self._unanswered = 0
+        """Requests that were sent ahead."""
 
     @classmethod
     def connect(cls, directory_fd: int) -> Self:
@@ -71,45 +79,44 @@ class Session:
             raise
 
     def uses_keys(self) -> bool:
-        """Whether the guest uses storage keys. Every look at a VM asks, so it waits no longer than for a hello."""
+        """Whether the guest uses storage keys."""
+        return self.status()[0]
+
+    def status(self) -> tuple[bool, LastWrite | None]:
+        """Whether the guest uses storage keys, and what became of the last SetSkeys that set one.
+
+        Every look at a VM asks, so it waits no longer than for a hello.
+        """
         self._channel.connection.settimeout(WORKER_HELLO_SECONDS)
         try:
             with self._strict():
-                return self._call({"op": "status"}).boolean("uses_keys")
+                answer = self._call({"op": "status"})
+                return answer.boolean("uses_keys"), _last_write(answer)
         finally:
             # A refusal too leaves a session that can be used.
             self._channel.connection.settimeout(WORKER_ANSWER_SECONDS)
 
+    def read_chunks(self, chunks: Iterable[GfnRange], pace: Pace) -> Iterator[ChunkRead]:
+        """Read ranges of at most BUFFER_KEYS frames, by ioctls as long as `pace` says, ahead of the caller."""
+        with self._strict():
+            yield from ReadAhead(self._attached(), self._send, self._take, chunks, pace)
+
     def read_slices(self, frames: Iterable[GfnRange]) -> Iterator[tuple[GfnRange, bytes | None]]:
-        """Read ranges of at most SLICE_KEYS frames: (range, its keys, or None where the guest uses none).
+        """As read_chunks, copied: (range, its keys, or None where the guest uses none)."""
+        for chunk in self.read_chunks(frames, Pace(DEFAULT_SLICE_SECONDS)):
+            yield chunk.frames, chunk.copy()
 
-        One slice is read ahead: the worker fills one buffer while the caller is busy with the other's keys.
+    def write_slice(self, frames: GfnRange, keys: bytes | memoryview, allow_enable: bool) -> tuple[int, bool, int]:
+        """Set the keys of at most SLICE_KEYS frames, verified.
+
+        Returns (keys repaired, whether this enabled keys, how long the longest ioctl of it took in nanoseconds).
         """
-        buffers = self._attached()
-        pending: deque[tuple[GfnRange, int]] = deque()
-
-        def finish() -> tuple[GfnRange, bytes | None]:
-            wanted, at = pending.popleft()
-            with self._strict():
-                uses_keys = self._take().boolean("uses_keys")
-            return wanted, bytes(buffers[at : at + wanted.count]) if uses_keys else None
-
-        for number, wanted in enumerate(frames):
-            buffer = number % BUFFERS
-            self._send({"op": "get", "buffer": buffer, "start": wanted.start, "count": wanted.count})
-            pending.append((wanted, buffer * SLICE_KEYS))
-            if len(pending) == BUFFERS:
-                yield finish()
-        while pending:
-            yield finish()
-
-    def write_slice(self, frames: GfnRange, keys: bytes | memoryview, allow_enable: bool) -> tuple[int, bool]:
-        """Set the keys of at most SLICE_KEYS frames, verified: (keys repaired, whether this enabled keys)."""
         buffers = self._attached()
         buffers[: frames.count] = keys
         message = {
             "op": "set",
             "buffer": 0,
+            "offset": 0,
             "start": frames.start,
             "count": frames.count,
             "allow_enable": allow_enable,
@@ -117,7 +124,46 @@ class Session:
         self._send(message)
         with self._uncertain_where_lost(frames), self._strict():
             done = self._take()
-            return done.integer("repaired", 0, frames.count), done.boolean("enabled")
+            repaired, enabled = done.integer("repaired", 0, frames.count), done.boolean("enabled")
+            return repaired, enabled, done.integer("ns", 0, NANOSECONDS_MAX)
+
+    def begin(self, request_id: str, fingerprint: str, *, keep: bool, resume: bool) -> Begun:
+        """Begin a call that `write_slice` is part of until `commit` or the session's end.
+
+        SkeydError VM_BUSY, REQUEST_ID_REUSED, NOTHING_TO_RESUME.
+        """
+        message = {
+            "op": "begin",
+            "request_id": request_id,
+            "fingerprint": fingerprint,
+            "keep": keep,
+            "resume": resume,
+        }
+        with self._strict():
+            begun = Begun.from_message(self._call(message))
+            if (
+                (begun.state == "begun" and begun.keys_set)
+                or (begun.state == "resumed" and not resume)
+                or (begun.state == "applied" and not request_id)
+            ):
+                raise ProtocolError(f"it says {begun.state}, and that is not what was asked for")
+            return begun
+
+    def commit(self) -> Begun:
+        """End the call: what it set stays."""
+        with self._strict():
+            done = Begun.from_message(self._call({"op": "commit"}))
+            if done.state != "applied":
+                raise ProtocolError(f"it says {done.state} of what it was to commit")
+            return done
+
+    def abandon(self) -> LastWrite | None:
+        """End the call without a commit: what became of it so far, or None where it had set nothing.
+
+        While the outcome is "rolling_back", each call of this has another slice rolled back.
+        """
+        with self._strict():
+            return _last_write(self._call({"op": "abandon"}))
 
     def keyop(self, operation: str, gfn: int, key: int = 0) -> tuple[int | None, bool]:
         """Do one of KEYOPS on a frame: (the key it gives, whether it was set again); None: the guest uses no keys.
@@ -137,9 +183,21 @@ class Session:
         with self._strict():
             self._call({"op": "shutdown", "uid": self.hello.uid})
 
+    def hang_up(self) -> None:
+        """Have whoever waits for the worker in another thread fail at once (WORKER_LOST), and the worker do no more.
+
+        Any thread; also of a session that is closed.
+        """
+        with self._closing:
+            if not self._closed:
+                with suppress(OSError):  # the worker was faster
+                    self._channel.connection.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Hang up. The worker and its VM go on."""
-        self._channel.close()
+        with self._closing:
+            self._closed = True
+            self._channel.close()
         if self._buffers is not None:
             self._buffers.close()
 
@@ -161,19 +219,32 @@ class Session:
         return self._buffers
 
     def _call(self, message: dict[str, Any]) -> Fields:
+        while self._unanswered and not self._is_lost:
+            # A reader stopped before it had them.
+            close_all(self._receive()[1])
         self._send(message)
         return self._take()
 
     def _send(self, message: dict[str, Any]) -> None:
+        if self._is_lost:
+            raise self._lost(ConnectionAbortedError("it was given up before"))
         try:
             self._channel.send(message)
         except OSError as error:
             raise self._lost(error) from error
+        self._unanswered += 1
 
     def _take(self) -> Fields:
         answer, fds = self._receive()
         close_all(fds)
-        return take_answer(answer)
+        try:
+            return take_answer(answer)
+        except SkeydError as error:
+            if error.reason is Reason.VM_BUSY:
+                # The front's own lock says so in the same way, and a client need not know who of the two it was.
+                name = f"vms/{self.hello.vm_id}"
+                raise SkeydError(error.reason, f"{name} is busy: {error.message}", {"vm": name}) from error
+            raise
 
     def _receive(self) -> tuple[Fields, list[int]]:
         try:
@@ -184,6 +255,7 @@ class Session:
             raise self._failed(error) from error
         if received is None:
             raise self._lost(ConnectionResetError("it closed the connection"))
+        self._unanswered -= 1
         return received
 
     @contextmanager
@@ -204,6 +276,7 @@ class Session:
             raise
 
     def _lost(self, error: OSError) -> SkeydError:
+        self._is_lost = True
         why = "it did not answer in time" if isinstance(error, TimeoutError) else str(error)
         name = f"vms/{self.hello.vm_id}"
         return SkeydError(
@@ -211,6 +284,7 @@ class Session:
         )
 
     def _failed(self, error: ProtocolError) -> SkeydError:
+        self._is_lost = True
         name = f"vms/{self.hello.vm_id}"
         return SkeydError(Reason.WORKER_FAILED, f"the worker of {name} broke the protocol: {error}", {"vm": name})
 
@@ -221,3 +295,7 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _last_write(answer: Fields) -> LastWrite | None:
+    return LastWrite.from_message(answer.object("last_write")) if answer.has("last_write") else None

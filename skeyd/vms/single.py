@@ -54,18 +54,13 @@ def write_one(session: Session, gfn: int, key: int, allow_enable: bool) -> OneWr
             return OneWritten(old, repaired, enabled=False, by_keyop=True)
         # KEYOP enables nothing. What follows does, or is refused.
     old = _by_range(session, gfn)
-    repairs, enabled = session.write_slice(frame, bytes([key]), allow_enable)
+    repairs, enabled, _ = session.write_slice(frame, bytes([key]), allow_enable)
     return OneWritten(old, repairs > 0, enabled, by_keyop=False)
 
 
 def reset_referenced(session: Session, gfn: int) -> int:
     """Reset a frame's R and return R and C as they were. GFN_NOT_MAPPED, CAP_S390_KEYOP_MISSING, SKEYS_NOT_ENABLED."""
     session.memory_map.require_mapped(GfnRange(gfn, 1))
-    if session.hello.keyop is None:
-        raise SkeydError(
-            Reason.CAP_S390_KEYOP_MISSING,
-            "this VM's worker is from before skeyd knew KVM_S390_KEYOP; one that is made now has it if its kernel does",
-        )
     if not session.hello.keyop:
         # Nothing else does it: the guest could set C between reading the key and setting it without R.
         raise no_keyop()

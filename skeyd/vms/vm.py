@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass
 
 from skeyd.gfn import MemorySlot
+from skeyd.worker.outcomes import LastWrite
 
 
 class VmState(enum.Enum):
@@ -36,3 +37,5 @@ class Vm:
     slots: tuple[MemorySlot, ...] = ()
     uses_keys: bool | None = None
     """None: not known."""
+    last_write: LastWrite | None = None
+    """None: there was no SetSkeys that set a key, or it is not known."""

@@ -6,7 +6,9 @@ and no other user of the ioctl looks.
 
 from __future__ import annotations
 
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -40,6 +42,12 @@ class Keys:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._map = backend.memory_map
+        self._longest_ns = 0
+
+    def take_longest(self) -> int:
+        """Return how long the longest call of the kernel took since this was asked last, in nanoseconds."""
+        longest, self._longest_ns = self._longest_ns, 0
+        return longest
 
     def uses_keys(self) -> bool:
         """Whether the guest uses storage keys: GET of one frame, which changes nothing."""
@@ -49,37 +57,52 @@ class Keys:
     def read(self, frames: GfnRange, into: memoryview) -> bool:
         """Fill `into` with the keys of the frames. False: the guest uses none, and `into` is untouched."""
         self._map.require_mapped(frames)
-        try:
+        with self._call(frames):
             return self._backend.get_skeys(frames.start, into)
-        except KvmError as error:
-            raise refusals.of_key_call(error, frames) from error
+
+    def check(self, frames: GfnRange, keys: bytes) -> None:
+        """Refuse with GFN_NOT_MAPPED or KEY_RESERVED_BIT what the kernel must not be asked to set."""
+        self._map.require_mapped(frames)
+        bad = first_reserved(keys)
+        if bad is not None:
+            raise reserved_bit(keys[bad], frames.start + bad)
+
+    @staticmethod
+    def require_enabled(uses_keys: bool, allow_enable: bool) -> None:
+        """Refuse with SKEYS_NOT_ENABLED to set keys for a guest that uses none, unless that is allowed."""
+        if not uses_keys and not allow_enable:
+            raise SkeydError(
+                Reason.SKEYS_NOT_ENABLED,
+                "the guest uses no storage keys; setting one enables them for good, which the request must allow",
+            )
 
     def write(self, frames: GfnRange, keys: bytes, allow_enable: bool) -> Written:
         """Set the keys of the frames and prove it.
 
         SkeydError: KEY_RESERVED_BIT, GFN_NOT_MAPPED, SKEYS_NOT_ENABLED, before the kernel is asked to set anything;
-        else with metadata "uncertain", the range of which some frames may have been set.
+        else as write_checked.
         """
-        self._map.require_mapped(frames)
-        bad = first_reserved(keys)
-        if bad is not None:
-            raise reserved_bit(keys[bad], frames.start + bad)
-        was_enabled = self.uses_keys()
-        if not was_enabled and not allow_enable:
-            raise SkeydError(
-                Reason.SKEYS_NOT_ENABLED,
-                "the guest uses no storage keys; setting one enables them for good, which the request must allow",
-            )
+        self.check(frames, keys)
+        uses_keys = self.uses_keys()
+        self.require_enabled(uses_keys, allow_enable)
+        return self.write_checked(frames, keys, uses_keys)
+
+    def write_checked(self, frames: GfnRange, keys: bytes, uses_keys: bool) -> Written:
+        """Set keys that `check` has seen, of a guest that uses keys or may begin to, and prove it.
+
+        A SkeydError has the metadata "uncertain", the range of which some frames may have been set, and "enabled" where
+        the guest uses keys since.
+        """
         try:
             repaired = self._set_verified(frames, keys)
         except SkeydError as error:
             error.metadata["uncertain"] = str(frames)
             with suppress(SkeydError):
                 # SET enables keys even when it then fails.
-                if not was_enabled and self.uses_keys():
+                if not uses_keys and self.uses_keys():
                     error.metadata["enabled"] = "true"
             raise
-        return Written(repaired, not was_enabled)
+        return Written(repaired, not uses_keys)
 
     def _set_verified(self, frames: GfnRange, keys: bytes) -> int:
         wanted = bytearray(keys)
@@ -114,7 +137,15 @@ class Keys:
             raise SkeydError(Reason.KEYS_NOT_STORED, f"after a SET of {frames} the kernel says the guest uses no keys")
 
     def _set(self, frames: GfnRange, keys: memoryview) -> None:
-        try:
+        with self._call(frames):
             self._backend.set_skeys(frames.start, keys)
+
+    @contextmanager
+    def _call(self, frames: GfnRange) -> Iterator[None]:
+        started = time.monotonic_ns()
+        try:
+            yield
         except KvmError as error:
             raise refusals.of_key_call(error, frames) from error
+        finally:
+            self._longest_ns = max(self._longest_ns, time.monotonic_ns() - started)

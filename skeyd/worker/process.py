@@ -9,12 +9,13 @@ import socket
 import sys
 import traceback
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Final
 
 import skeyd
 from skeyd.errors import Reason, SkeydError, exhausted
 from skeyd.kvm.probe import probe_host
-from skeyd.linux import signals_by_socket, take_lock
+from skeyd.linux import open_unnamed, signals_by_socket, take_lock
 from skeyd.worker.backend import Backend
 from skeyd.worker.channel import address_in
 from skeyd.worker.owned import OwnedVm
@@ -106,7 +107,7 @@ def _prepare(directory_fd: int, resources: ExitStack) -> tuple[Service, socket.s
     listener = resources.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
     listener.bind(address_in(directory_fd, SOCKET))
     listener.listen(_BACKLOG)
-    return Service(listener, hello, backend), wake
+    return Service(listener, hello, backend, partial(open_unnamed, directory_fd)), wake
 
 
 def _say(message: dict[str, Any]) -> None:

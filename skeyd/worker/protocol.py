@@ -1,21 +1,25 @@
 """What front and worker say to each other: one JSON object a packet, every field checked by the receiver.
 
 The socket is SOCK_SEQPACKET, which keeps packets apart, so that no length is ever parsed. The keys themselves never
-pass through it: they lie in the two halves ("buffers") of a sealed memfd that the worker makes for each connection.
+pass through it: they lie in the two halves ("buffers") of a sealed memfd that the worker makes for each connection,
+each as large as the largest chunk, so that several slices fill one.
 
     worker → front   hello, at once when the connection is accepted
-    front → worker   {"op": "status"}                                  → {"ok": {"uses_keys": bool}}
+    front → worker   {"op": "status"}                                  → {"ok": {"uses_keys": bool, "last_write"?}}
                      {"op": "attach"}                                  → {"ok": {}} and the memfd
-                     {"op": "get", "buffer", "start", "count"}         → {"ok": {"uses_keys": bool}}
-                     {"op": "set", "buffer", "start", "count", "allow_enable"}
-                                                                       → {"ok": {"repaired": int, "enabled": bool}}
+                     {"op": "get", "buffer", "offset", "start", "count"}
+                                                                       → {"ok": {"uses_keys": bool, "ns": int}}
+                     {"op": "set", "buffer", "offset", "start", "count", "allow_enable"}
+                                                            → {"ok": {"repaired": int, "enabled": bool, "ns": int}}
                      {"op": "keyop", "operation", "gfn", "key"}
                                                    → {"ok": {"uses_keys": bool, "key": int, "repaired": bool}}
                      {"op": "shutdown", "uid"}                         → {"ok": {}}, then the worker ends
+                     and the ops of skeyd.worker.outcomes, which make one call of several "set" requests
     any              {"error": {"reason", "message", "metadata"}}
 
-Answers come in the order of the requests. A worker is started with a `Spec` on its standard input and says
-{"ok": {}} or an error, one line, on its standard output.
+"ns" is how long the kernel had it, the longest of its calls for one request. Answers come in the order of the requests.
+A worker is started with a `Spec` on its standard input and says {"ok": {}} or an error, in one line, on its standard
+output.
 """
 
 from __future__ import annotations
@@ -29,19 +33,23 @@ from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange, MemoryMap, MemorySlot
 from skeyd.storage_key import FRAME_SIZE, GFN_LIMIT
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 """Raised with every change that an older peer would misread."""
 
 MESSAGE_MAX: Final = 64 * 1024
 """Bytes in a packet."""
 
 SLICE_KEYS: Final = 262_144
-"""Most keys a request, and so an ioctl: with two buffers this was 99 % of the speed of a bare ioctl loop."""
+"""Most keys a request, and so an ioctl: with two buffers this was 99 % of the speed of a bare ioctl loop; more would
+only keep the kernel's lock for longer."""
 
 BUFFERS: Final = 2
 """One is filled while the other is sent."""
 
-BUFFER_BYTES: Final = BUFFERS * SLICE_KEYS
+BUFFER_KEYS: Final = 1_048_576
+"""Keys in each: the largest chunk. What isn't touched costs no memory."""
+
+BUFFER_BYTES: Final = BUFFERS * BUFFER_KEYS
 
 LOCK: Final = "worker.lock"
 """File in the VM's directory that its worker holds locked for as long as it lives."""
@@ -67,6 +75,8 @@ VM_ID: Final = re.compile(r"[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?")
 UID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 INCARNATION: Final = re.compile(r"[0-9a-f]{32}")
 _TEXT_MAX: Final = 1024
+NANOSECONDS_MAX: Final = 1 << 62
+"""Of an ioctl; over a hundred years."""
 CREATED_MAX: Final = 253_402_300_799
 """The end of the year 9999, and of what a google.protobuf.Timestamp holds."""
 
@@ -258,8 +268,8 @@ class Hello:
     created: int
     """Seconds since 1970."""
     slots: tuple[MemorySlot, ...]
-    keyop: bool | None = False
-    """Whether it takes "keyop"; None: it is from before there was such an op, and doesn't say."""
+    keyop: bool = False
+    """Whether its kernel has KVM_S390_KEYOP, and it takes "keyop"."""
 
     def to_message(self) -> dict[str, Any]:
         """Write it down."""
@@ -313,7 +323,7 @@ class Hello:
             pid=message.integer("pid", 1, 1 << 31),
             created=message.integer("created", 0, CREATED_MAX),
             slots=slots,
-            keyop=message.boolean("keyop") if message.has("keyop") else None,
+            keyop=message.boolean("keyop"),
         )
 
 

@@ -7,6 +7,7 @@ import os
 import selectors
 import socket
 import traceback
+from collections.abc import Callable
 from typing import Any, Final
 
 from skeyd.errors import Reason, SkeydError
@@ -17,8 +18,10 @@ from skeyd.worker.backend import Backend
 from skeyd.worker.channel import Channel, close_all
 from skeyd.worker.keyops import KeyOps
 from skeyd.worker.keys import Keys
+from skeyd.worker.outcomes import FINGERPRINT, REQUEST_ID, Begun, LastWrite
 from skeyd.worker.protocol import (
     BUFFER_BYTES,
+    BUFFER_KEYS,
     BUFFERS,
     KEYOPS,
     SLICE_KEYS,
@@ -27,6 +30,7 @@ from skeyd.worker.protocol import (
     ProtocolError,
     error_message,
 )
+from skeyd.worker.transactions import Call, Transactions
 
 MAX_CONNECTIONS: Final = 128
 """Connections at once; one more is closed unanswered. Each costs BUFFER_BYTES at most."""
@@ -49,11 +53,14 @@ class Service:
     A connection that breaks the protocol is closed; the others and the VM go on.
     """
 
-    def __init__(self, listener: socket.socket, hello: Hello, backend: Backend) -> None:
+    def __init__(
+        self, listener: socket.socket, hello: Hello, backend: Backend, open_journal: Callable[[], int]
+    ) -> None:
         self._listener = listener
         self._hello = hello
         self._keys = Keys(backend)
         self._keyops = KeyOps(backend, self._keys)
+        self._transactions = Transactions(self._keys, open_journal)
         self._connections: set[_Connection] = set()
         self._selector = selectors.DefaultSelector()
         self._running = True
@@ -65,13 +72,15 @@ class Service:
         self._selector.register(wake, selectors.EVENT_READ, wake)
         try:
             while self._running:
-                for key, _ in self._selector.select():
+                # Rolling back goes on between requests, so that nobody who reads waits for more than a slice of it.
+                for key, _ in self._selector.select(0 if self._transactions.rolling_back else None):
                     if key.data is None:
                         self._accept()
                     elif isinstance(key.data, _Connection):
                         self._serve(key.data)
                     else:
                         self._running = False
+                self._roll_back()
         finally:
             for connection in list(self._connections):
                 self._drop(connection)
@@ -126,20 +135,32 @@ class Service:
     def _answer(self, connection: _Connection, request: Fields) -> tuple[dict[str, Any], int | None]:
         match request.text("op"):
             case "status":
-                return {"uses_keys": self._keys.uses_keys()}, None
+                return {"uses_keys": self._keys.uses_keys(), **_last_write(self._transactions.outcome())}, None
             case "attach":
                 return {}, self._attach(connection)
             case "get":
                 frames, view = self._slice(connection, request)
                 with view:
-                    return {"uses_keys": self._keys.read(frames, view)}, None
+                    self._keys.take_longest()
+                    uses_keys = self._keys.read(frames, view)
+                    return {"uses_keys": uses_keys, "ns": self._keys.take_longest()}, None
             case "set":
-                frames, view = self._slice(connection, request)
-                with view:
-                    # A copy: the front can still write to the buffer while the kernel and the read-back look at it.
-                    keys = bytes(view)
-                written = self._keys.write(frames, keys, request.boolean("allow_enable"))
-                return {"repaired": written.repaired, "enabled": written.enabled}, None
+                return self._set(connection, request), None
+            case "begin":
+                call = Call(
+                    request.text("request_id", REQUEST_ID),
+                    request.text("fingerprint", FINGERPRINT),
+                    request.boolean("keep"),
+                )
+                return self._transactions.begin(connection, call, request.boolean("resume")).to_message(), None
+            case "commit":
+                done = self._transactions.commit(connection)
+                applied = Begun("applied", done.keys_set, done.repaired, done.crc32, done.enabled)
+                return applied.to_message(), None
+            case "abandon":
+                self._transactions.abandon(connection)
+                self._roll_back()
+                return _last_write(self._transactions.outcome_for(connection)), None
             case "keyop":
                 return self._keyop(request), None
             case "shutdown":
@@ -149,10 +170,35 @@ class Service:
                 return {}, None
         raise ProtocolError("no such op")
 
+    def _set(self, connection: _Connection, request: Fields) -> dict[str, Any]:
+        frames, view = self._slice(connection, request)
+        with view:
+            # A copy: the front can still write to the buffer while the kernel and the read-back look at it.
+            keys = bytes(view)
+        allow_enable = request.boolean("allow_enable")
+        self._keys.take_longest()
+        if self._transactions.owned_by(connection):
+            written = self._transactions.set(connection, frames, keys, allow_enable)
+        else:
+            self._transactions.require_idle()
+            self._transactions.forget_kept()
+            written = self._keys.write(frames, keys, allow_enable)
+        return {"repaired": written.repaired, "enabled": written.enabled, "ns": self._keys.take_longest()}
+
+    def _roll_back(self) -> None:
+        try:
+            self._transactions.step()
+        except Exception:
+            traceback.print_exc()  # the outcome says what it came to; the VM lives on
+
     def _keyop(self, request: Fields) -> dict[str, Any]:
         gfn = request.integer("gfn", 0, GFN_LIMIT - 1)
         key, repaired = request.integer("key", 0, 0xFF), False
-        match request.choice("operation", KEYOPS):
+        operation = request.choice("operation", KEYOPS)
+        if operation != "iske":
+            self._transactions.require_idle()
+            self._transactions.forget_kept()
+        match operation:
             case "iske":
                 found = self._keyops.read(gfn)
             case "rrbe":
@@ -176,9 +222,11 @@ class Service:
     def _slice(self, connection: _Connection, request: Fields) -> tuple[GfnRange, memoryview]:
         if connection.buffers is None:
             raise ProtocolError("not attached")
-        at = request.integer("buffer", 0, BUFFERS - 1) * SLICE_KEYS
+        at = request.integer("buffer", 0, BUFFERS - 1) * BUFFER_KEYS
+        offset = request.integer("offset", 0, BUFFER_KEYS - 1)
         start = request.integer("start", 0, GFN_LIMIT - 1)
-        frames = GfnRange(start, request.integer("count", 1, SLICE_KEYS))
+        frames = GfnRange(start, request.integer("count", 1, min(SLICE_KEYS, BUFFER_KEYS - offset)))
+        at += offset
         with memoryview(connection.buffers) as whole:
             return frames, whole[at : at + frames.count]
 
@@ -196,3 +244,8 @@ class Service:
             self._connections.remove(connection)
             self._selector.unregister(connection.channel.connection)
             connection.close()
+            self._transactions.abandon(connection)
+
+
+def _last_write(last: LastWrite | None) -> dict[str, Any]:
+    return {} if last is None else {"last_write": last.to_message()}

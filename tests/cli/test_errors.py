@@ -57,6 +57,7 @@ def test_the_codes_are_the_documented_ones() -> None:
         "EXIT_UNREACHABLE": 3,
         "EXIT_DAMAGED": 4,
         "EXIT_FILE": 5,
+        "EXIT_DIFFERENT": 6,
         "EXIT_INTERRUPTED": 130,
     }
 
@@ -65,7 +66,7 @@ def test_help_names_every_code(shared_daemon: DaemonProcess) -> None:
     done = skeyctl(shared_daemon.target, "--help")
     assert (done.status, done.err) == (0, "")
     listed = done.out.partition("Exit codes:\n")[2].partition("\n\n")[0]
-    assert [int(line.split()[0]) for line in listed.splitlines()] == [0, 1, 2, 3, 4, 5, 130]
+    assert [int(line.split()[0]) for line in listed.splitlines()] == [0, 1, 2, 3, 4, 5, 6, 130]
 
 
 class Refusal(NamedTuple):

@@ -88,7 +88,13 @@ def test_the_same_as_json(keys: Skeyctl, holed: str, new_vm: NewVm, tmp_path: Pa
     dumped = keys("dump", holed, file, "--json")
     assert dumped.value == {"vm": holed, "file": str(file), "keys": 512, "uses_storage_keys": True}
     loaded = keys("load", other, file, "--json", "--allow-enable")
-    assert loaded.value == {"vm": other, "keys_set": 512, "keys_repaired": 0, "enabled": True}
+    assert loaded.value == {
+        "vm": other,
+        "keys_set": 512,
+        "keys_repaired": 0,
+        "enabled": True,
+        "validated_only": False,
+    }
 
 
 def test_a_part_of_a_guest_is_dumped_and_only_that_part_is_loaded(

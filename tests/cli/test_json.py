@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,7 +55,7 @@ def name(new_vm: NewVm, stubs: Stubs) -> str:
 
 def test_every_command_that_does_something_is_on_the_page(shared_daemon: DaemonProcess) -> None:
     commands = {"host", "vm create", "vm show", "vm list", "vm delete"}
-    commands |= {f"keys {verb}" for verb in ("get", "set", "dump", "load")}
+    commands |= {f"keys {verb}" for verb in ("get", "set", "dump", "load", "digest", "compare", "summary")}
     commands |= {f"key {verb}" for verb in ("get", "set", "reset-referenced")}
     rows = re.findall(r"^\| (`[a-z].*?) \| ", PAGE.read_text(), re.MULTILINE)
     assert {name for row in rows for name in re.findall(r"`([a-z -]+)`", row)} == commands
@@ -96,6 +97,7 @@ def test_vm_create_show_list_and_delete(shared_daemon: DaemonProcess, stubs: Stu
             "worker_version": vm.worker_version,
             "worker_pid": vm.worker_pid,
             "create_time": vm.create_time.ToJsonString(),
+            "last_write": None,
         }
         shown = skeyctl(shared_daemon.target, "vm", "show", vm_id, "--json").value
         check(shown, "vm show")
@@ -134,3 +136,29 @@ def test_the_fields_of_an_error_are_those_of_the_page(shared_daemon: DaemonProce
     error = skeyctl(shared_daemon.target, "vm", "show", "nope", "--json").error
     assert [f'"{name}"' for name in error] == fields.split(", ")
     assert error["metadata"] == {"vm": "vms/nope"}
+
+
+def test_keys_digest(shared_daemon: DaemonProcess, name: str, new_vm: NewVm) -> None:
+    value = skeyctl(shared_daemon.target, "keys", "digest", name, "--json").value
+    check(value, "keys digest")
+    keyless = skeyctl(shared_daemon.target, "keys", "digest", new_vm((0, 1)), "--json").value
+    assert list(keyless) == list(value)
+
+
+def test_keys_compare(shared_daemon: DaemonProcess, name: str, new_vm: NewVm, stubs: Stubs) -> None:
+    other = new_vm((0, 1))
+    stubs.set(other, [(0, b"\x40" * 256)])
+    done = skeyctl(shared_daemon.target, "keys", "compare", name, other, "--json")
+    assert (done.status, done.err) == (6, "")
+    check(json.loads(done.out), "keys compare")
+    same = skeyctl(shared_daemon.target, "keys", "compare", name, name, "--json").value
+    assert list(same) == list(documented("keys compare"))
+
+
+def test_keys_summary(shared_daemon: DaemonProcess, name: str, new_vm: NewVm) -> None:
+    value = skeyctl(shared_daemon.target, "keys", "summary", name, "--json").value
+    check(value, "keys summary")
+    assert list(value["longest_run"]) == ["start_gfn", "count", "key"]
+    keyless = skeyctl(shared_daemon.target, "keys", "summary", new_vm((0, 1)), "--json").value
+    assert list(keyless) == list(value)
+    assert keyless["longest_run"] is None

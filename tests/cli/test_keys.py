@@ -16,7 +16,7 @@ from tests.cli.running import NOBODY, Done, skeyctl
 from tests.daemon import DaemonProcess
 from tests.examples import examples
 from tests.rpc.fixtures import NewVm
-from tests.rpc.stubs import Stubs
+from tests.rpc.stubs import KEEP, Stubs, chunk, header
 
 HEAD = "FRAMES                            COUNT  KEY   ACC  F  R  C\n"
 FRAMES = 256  # in 1 MiB
@@ -76,7 +76,7 @@ def test_the_same_as_json(keys: Skeyctl, new_vm: NewVm, stubs: Stubs) -> None:
         "runs": [],
         "gaps": [],
     }
-    result = {"vm": name, "keys_set": 256, "keys_repaired": 0, "enabled": True}
+    result = {"vm": name, "keys_set": 256, "keys_repaired": 0, "enabled": True, "validated_only": False}
     assert keys("set", name, "0x200-0x2ff", "--key", "0x9e", "--allow-enable", "--json").value == result
     assert keys("set", name, "0x200-0x2ff", "--key", "0x9e", "--json").value == {**result, "enabled": False}
     zero = {"key": 0, "access_control": 0, "fetch_protection": False, "referenced": False, "changed": False}
@@ -112,6 +112,7 @@ def test_keys_that_the_kernel_had_lost_are_counted(keys: Skeyctl, new_vm: NewVm)
         "keys_set": 512,
         "keys_repaired": 2,
         "enabled": False,
+        "validated_only": False,
     }
 
 
@@ -262,3 +263,69 @@ def test_frames_without_memory_are_named_and_nothing_is_set(
         assert error["reason"] == "GFN_NOT_MAPPED"
         assert int(error["metadata"]["gfn"], 16) >= FRAMES
     assert stubs.get(name).keys == b"\x10" * FRAMES
+
+
+# --- all or none ---------------------------------------------------------------------------------------------------
+
+
+def test_what_is_only_validated_is_not_set(keys: Skeyctl, new_vm: NewVm, stubs: Stubs) -> None:
+    name = new_vm((0, 1))
+    done = keys("set", name, "0+256", "--acc", "1", "--allow-enable", "--validate-only")
+    assert done == Done(0, f"256 keys for {name} checked; nothing was set\n", "")
+    assert not stubs.look_at(name).uses_storage_keys
+    done = keys("set", name, "0+256", "--acc", "1", "--validate-only")
+    assert done.status == 1
+    assert done.err.endswith(" [SKEYS_NOT_ENABLED]\n  no key was changed\n")
+    value = keys("set", name, "0+256", "--acc", "1", "--allow-enable", "--validate-only", "--json").value
+    assert value == {"vm": name, "keys_set": 256, "keys_repaired": 0, "enabled": False, "validated_only": True}
+
+
+def test_a_request_id_is_applied_once(keys: Skeyctl, new_vm: NewVm, stubs: Stubs) -> None:
+    name = new_vm((0, 1))
+    arguments = ("set", name, "0+256", "--acc", "1", "--allow-enable", "--request-id", "once")
+    first = keys(*arguments)
+    stubs.set(name, [(0, b"\x20")])
+    assert keys(*arguments) == first
+    assert stubs.get(name).keys == b"\x20" + b"\x10" * 255
+    done = keys("set", name, "0+255", "--acc", "1", "--allow-enable", "--request-id", "once")
+    assert done.status == 1
+    assert "[REQUEST_ID_REUSED]" in done.err
+    assert keys("set", name, "0+16", "--acc", "2", "--request-id", "a b").status == 1
+
+
+def test_what_was_kept_is_gone_on_with(
+    shared_daemon: DaemonProcess, keys: Skeyctl, new_vm: NewVm, stubs: Stubs
+) -> None:
+    name = new_vm((0, 1))
+    stubs.set(name, [(0, bytes(256))])
+    wanted = ((0, 256),)
+    cut = stubs.send(
+        header(name, *wanted, on_interrupt=KEEP, request_id="job", allow_enable=True), chunk(0, b"\x30" * 100)
+    )
+    assert cut[1] is not None
+    shown = skeyctl(shared_daemon.target, "vm", "show", name)
+    assert "last write:  kept, 100 keys were set; request job\n" in shown.out
+    value = skeyctl(shared_daemon.target, "vm", "show", name, "--json").value["last_write"]
+    assert value == {"outcome": "kept", "request_id": "job", "keys_set": 100, "next_gfn": 100, "dirty": []}
+    resumed = ("set", name, "0+256", "--acc", "3", "--allow-enable", "--request-id", "job", "--resume")
+    assert keys(*resumed).out == f"256 keys of {name} set and verified\n"
+    assert stubs.get(name).keys == b"\x30" * 256
+    assert (
+        "last write:  applied, 256 keys were set; request job\n"
+        in skeyctl(shared_daemon.target, "vm", "show", name).out
+    )
+
+
+def test_other_keys_than_those_that_were_kept_are_no_going_on(keys: Skeyctl, new_vm: NewVm, stubs: Stubs) -> None:
+    name = new_vm((0, 1))
+    stubs.set(name, [(0, bytes(256))])
+    stubs.send(header(name, (0, 256), on_interrupt=KEEP, request_id="job"), chunk(0, b"\x30" * 100))
+    done = keys("set", name, "0+256", "--acc", "4", "--request-id", "job", "--resume")
+    assert done.status == 4
+    assert "[DAMAGED]" in done.err
+
+
+def test_resuming_needs_a_request_id(keys: Skeyctl) -> None:
+    done = keys("set", "web", "0", "--acc", "1", "--resume")
+    assert done.status == 2
+    assert "--request-id" in done.err

@@ -129,4 +129,4 @@ def test_a_refusal_under_a_bar_is_still_read(shared_daemon: DaemonProcess, new_v
         done = terminal.end()
     assert (done.status, done.out) == (1, "")
     assert "Traceback" not in done.err
-    assert done.err.endswith(" [GFN_NOT_MAPPED]\n")
+    assert done.err.endswith(" [GFN_NOT_MAPPED]\n  no key was changed\n")

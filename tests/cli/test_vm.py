@@ -27,6 +27,7 @@ NOTHING_KNOWN: Final[dict[str, Any]] = {
     "kernel": None,
     "worker_version": None,
     "worker_pid": None,
+    "last_write": None,
 }
 
 

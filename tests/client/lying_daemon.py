@@ -38,6 +38,12 @@ class LyingDaemon(storage_key_service_pb2_grpc.StorageKeyServiceServicer, vm_ser
         """What GetSkey answers."""
         self.one_set = pb.SetSkeyResponse()
         """What SetSkey answers."""
+        self.digesting: Callable[[pb.DigestSkeysRequest], pb.DigestSkeysResponse] = lambda _: pb.DigestSkeysResponse()
+        """What DigestSkeys answers."""
+        self.summaries_asked: list[pb.SummarizeSkeysRequest] = []
+        """What SummarizeSkeys was asked."""
+        self.summary = pb.SummarizeSkeysResponse()
+        """What SummarizeSkeys answers."""
         self.called = threading.Event()
         """Set when a call has come."""
         self._pool = ThreadPoolExecutor(4)
@@ -71,6 +77,19 @@ class LyingDaemon(storage_key_service_pb2_grpc.StorageKeyServiceServicer, vm_ser
     def ResetReferenced(self, request: Any, context: Any) -> Any:  # noqa: N802
         raise NotImplementedError
 
+    def DigestSkeys(  # noqa: N802
+        self, request: pb.DigestSkeysRequest, context: grpc.ServicerContext
+    ) -> pb.DigestSkeysResponse:
+        self.called.set()
+        return self.digesting(request)
+
+    def SummarizeSkeys(  # noqa: N802
+        self, request: pb.SummarizeSkeysRequest, context: grpc.ServicerContext
+    ) -> pb.SummarizeSkeysResponse:
+        self.called.set()
+        self.summaries_asked.append(request)
+        return self.summary
+
     def GetVm(  # noqa: N802
         self, request: vm_service_pb2.GetVmRequest, context: grpc.ServicerContext
     ) -> vm_service_pb2.GetVmResponse:
@@ -99,11 +118,11 @@ class LyingDaemon(storage_key_service_pb2_grpc.StorageKeyServiceServicer, vm_ser
         self._pool.shutdown()
 
 
-def header(*wanted: tuple[int, int], uses_keys: bool = True) -> pb.GetSkeysResponse:
-    """Begin a GetSkeys stream."""
+def header(*wanted: tuple[int, int], uses_keys: bool = True, **other: Any) -> pb.GetSkeysResponse:
+    """Begin a GetSkeys stream; `other` are more fields of the Header."""
     return pb.GetSkeysResponse(
         header=pb.GetSkeysResponse.Header(
-            vm="vms/a", frame_size=4096, uses_storage_keys=uses_keys, ranges=ranges(*wanted)
+            vm="vms/a", frame_size=4096, uses_storage_keys=uses_keys, ranges=ranges(*wanted), **other
         )
     )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -11,9 +13,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from skeyd.client import Client, ClientError, Gap, Keys, StreamError, connect
-from skeyd.client.keys import KeyStream
+from skeyd.client.reading import KeyStream, Position, get_skeys_response
 from skeyd.gfn import GfnRange
 from skeyd.v1 import storage_key_service_pb2 as pb
+from skeyd.wire import ChunkMessage
 from tests.client.lying_daemon import LyingDaemon, chunk, gap, header, trailer
 from tests.daemon import DaemonProcess
 from tests.rpc.fixtures import NewVm
@@ -60,6 +63,92 @@ def test_a_guest_without_keys_has_no_frames_to_tell_of(daemon: LyingDaemon, clie
         assert list(stream) == []
 
 
+MAX = 1 << 20
+RUNS: dict[str, Any] = {"encoding": pb.ENCODING_RUNS, "data": b"\3\0\x10"}
+"""What ONE is as runs."""
+ENCODED = header((0, 4), (8, 4), encodings=[pb.ENCODING_RAW, pb.ENCODING_RUNS])
+
+
+def test_a_chunk_may_have_any_encoding_that_the_header_tells_of(daemon: LyingDaemon, client: Client) -> None:
+    daemon.says(ENCODED, chunk(0, ONE, **RUNS), *GOOD[2:])
+    assert read(client) == [Keys(GfnRange(0, 4), ONE), Keys(GfnRange(8, 2), TWO), Gap(GfnRange(10, 2))]
+
+
+def test_a_daemon_may_write_its_fields_in_any_order(daemon: LyingDaemon, client: Client) -> None:
+    inner = pb.Chunk(start_gfn=0, count=4, encoding=pb.ENCODING_RAW, data=ONE, crc32=zlib.crc32(ONE))
+    last_first = pb.Chunk(crc32=inner.crc32).SerializeToString()
+    inner.ClearField("crc32")
+    body = last_first + inner.SerializeToString()
+    swapped = b"\x12" + bytes([len(body)]) + body
+    assert pb.GetSkeysResponse.FromString(swapped) == GOOD[1]
+    found = get_skeys_response(swapped)
+    assert isinstance(found, pb.GetSkeysResponse)
+    assert isinstance(get_skeys_response(GOOD[1].SerializeToString()), ChunkMessage)
+    parts = [get_skeys_response(part.SerializeToString()) for part in GOOD]
+    assert list(KeyStream(iter([parts[0], found, *parts[2:]]))) == list(KeyStream(iter(parts)))
+
+
+# --- where it is ---------------------------------------------------------------------------------------------------
+
+
+def _positions() -> list[Position]:
+    crcs = [0, zlib.crc32(ONE), zlib.crc32(ONE + TWO), zlib.crc32(ONE + TWO)]
+    return [
+        Position(gfn, "", crc32, keys, gap_frames)
+        for gfn, crc32, keys, gap_frames in zip([0, 8, 10, 12], crcs, [0, 4, 6, 6], [0, 0, 0, 2], strict=True)
+    ]
+
+
+def test_a_stream_knows_its_position_after_every_part(daemon: LyingDaemon, client: Client) -> None:
+    daemon.says(*GOOD)
+    with client.get_skeys("vms/a") as stream:
+        found = [stream.position, *(stream.position for _ in stream)]
+    assert found == _positions()
+
+
+@pytest.mark.parametrize("parts", [0, 1, 2, 3])
+def test_a_stream_goes_on_at_any_position_and_its_trailer_is_that_of_all(
+    daemon: LyingDaemon, client: Client, parts: int
+) -> None:
+    daemon.says(*GOOD)
+    whole = read(client)
+    daemon.says(GOOD[0], *GOOD[1 + parts :])
+    with client.get_skeys("vms/a", resume=_positions()[parts]) as stream:
+        assert stream.frames() == 8 - [0, 4, 6, 8][parts]
+        assert stream.ranges == (GfnRange(0, 4), GfnRange(8, 4))
+        assert list(stream) == whole[parts:]
+        assert stream.position == _positions()[-1]
+
+
+@pytest.mark.parametrize(
+    ("position", "parts"),
+    [
+        (1, [GOOD[0], *GOOD[1:]]),
+        (1, [GOOD[0], *GOOD[3:]]),
+        (2, [GOOD[0], *GOOD[2:]]),
+        (3, [GOOD[0], GOOD[3], GOOD[4]]),
+        (1, [header((0, 4), (8, 4), incarnation="f" * 32), *GOOD[2:]]),
+        (1, [*GOOD[:1], *GOOD[2:4], trailer(ONE + TWO, 3)]),
+        (1, [*GOOD[:1], *GOOD[2:4], trailer(TWO, 2)]),
+    ],
+    ids=[
+        "from-the-beginning",
+        "later",
+        "too-early",
+        "after-the-end",
+        "of-another-vm",
+        "wrong-gaps",
+        "of-the-rest-only",
+    ],
+)
+def test_a_stream_that_does_not_go_on_where_it_should_is_an_error(
+    daemon: LyingDaemon, client: Client, position: int, parts: list[pb.GetSkeysResponse]
+) -> None:
+    daemon.says(*parts)
+    with pytest.raises(StreamError), client.get_skeys("vms/a", resume=_positions()[position]) as stream:
+        list(stream)
+
+
 LIES = {
     "nothing": [],
     "no-header": GOOD[1:],
@@ -92,6 +181,22 @@ LIES = {
     "keys-changed-on-the-way": [GOOD[0], chunk(0, ONE, data=b"\x10\x10\x18\x10"), *GOOD[2:]],
     "keys-cut-off": [GOOD[0], chunk(0, ONE, data=ONE[:3]), *GOOD[2:]],
     "keys-left-over": [GOOD[0], chunk(0, ONE, data=ONE + b"\x10"), *GOOD[2:]],
+    "too-many-keys": [
+        header((0, 1 << 21)),
+        chunk(0, bytes(MAX + 1)),
+        chunk(MAX + 1, bytes(MAX - 1)),
+        trailer(bytes(1 << 21)),
+    ],
+    "runs-of-which-the-header-says-nothing": [GOOD[0], chunk(0, ONE, **RUNS), *GOOD[2:]],
+    "runs-of-too-few": [ENCODED, chunk(0, ONE, **RUNS, count=5), *GOOD[2:]],
+    "runs-of-too-many": [ENCODED, chunk(0, ONE, encoding=pb.ENCODING_RUNS, data=b"\xff\xff\x10"), *GOOD[2:]],
+    "runs-of-other-keys": [ENCODED, chunk(0, ONE, encoding=pb.ENCODING_RUNS, data=b"\3\0\x30"), *GOOD[2:]],
+    "runs-with-a-reserved-bit": [
+        ENCODED,
+        chunk(0, b"\x11" * 4, encoding=pb.ENCODING_RUNS, data=b"\3\0\x11"),
+        *GOOD[2:4],
+        trailer(b"\x11" * 4 + TWO, 2),
+    ],
     "no-encoding": [GOOD[0], chunk(0, ONE, encoding=0), *GOOD[2:]],
     "an-unknown-encoding": [GOOD[0], chunk(0, ONE, encoding=77), *GOOD[2:]],
     "a-reserved-bit": [GOOD[0], chunk(0, b"\x10\x11\x10\x10"), *GOOD[2:4], trailer(b"\x10\x11\x10\x10" + TWO, 2)],
@@ -124,7 +229,7 @@ def test_a_stream_that_is_not_whole_and_in_order_is_an_error(
 def test_no_reordering_repetition_or_loss_of_parts_goes_unseen(order: list[int], again: list[int], cut: int) -> None:
     parts = [*order, *again][: len(order) + len(again) - cut]
     try:
-        list(KeyStream(iter([GOOD[number] for number in parts])))
+        list(KeyStream(get_skeys_response(GOOD[number].SerializeToString()) for number in parts))
     except StreamError:
         assert parts != [0, 1, 2, 3, 4]
     else:

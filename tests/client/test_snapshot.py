@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from skeyd.client import Keys, Snapshot, SnapshotError, StreamError, write_snapshot
-from skeyd.client.keys import KeyStream
+from skeyd.client.reading import KeyStream
 from skeyd.client.snapshot import MAGIC
 from skeyd.gfn import GfnRange
 from skeyd.v1 import storage_key_service_pb2 as pb
@@ -220,6 +220,38 @@ def test_what_is_no_snapshot_is_a_snapshot_error_and_no_other(tmp_path: Path, co
     with pytest.raises(SnapshotError) as caught:
         read(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [name for name in MADE_BY_HAND if "way-round" in name or "overlap" in name])
+def test_keys_that_do_not_ascend_are_recognised_when_they_are_reached(path: Path, name: str) -> None:
+    path.write_bytes(MADE_BY_HAND[name])
+    with Snapshot(path) as snapshot, pytest.raises(SnapshotError, match="out of order"):
+        list(snapshot.keys())
+
+
+def test_what_was_asked_for_is_known(path: Path) -> None:
+    with Snapshot(path) as snapshot:
+        assert list(snapshot.ranges()) == [GfnRange(0, 4), GfnRange(8, 4)]
+
+
+@pytest.mark.parametrize(
+    "ranges",
+    [
+        *(None, [], {}, 5, "ab", ["ab"], [[0]], [[0, 1, 2]], [[0, 0]], [[-1, 2]], [[0, 4], [3, 1]], [[2**64 - 1, 2]]),
+        *([[0, 1.5]], [[True, 1]], [["0", "1"]], [None], [[None, None]]),
+    ],
+    ids=repr,
+)
+def test_ranges_that_are_none_are_recognised(path: Path, ranges: object) -> None:
+    path.write_bytes(file_of(header_record(ranges=ranges), *RECORDS))
+    with Snapshot(path) as snapshot, pytest.raises(SnapshotError, match=r"header with.* ranges"):
+        snapshot.ranges()
+
+
+def test_a_header_that_does_not_say_what_was_asked_for_is_recognised(path: Path) -> None:
+    path.write_bytes(file_of(HEADER, *RECORDS))
+    with Snapshot(path) as snapshot, pytest.raises(SnapshotError, match="impossible ranges"):
+        snapshot.ranges()
 
 
 def test_the_largest_record_there_can_be_is_read(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import queue
 import random
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -92,10 +93,13 @@ def ranges(*wanted: tuple[int, int]) -> list[vm_pb2.GfnRange]:
     return [vm_pb2.GfnRange(start_gfn=start, count=count) for start, count in wanted]
 
 
-def header(vm: str, *wanted: tuple[int, int], allow_enable: bool = False) -> pb.SetSkeysRequest:
-    """Begin a SetSkeys stream."""
+KEEP: Final = pb.ON_INTERRUPT_KEEP
+
+
+def header(vm: str, *wanted: tuple[int, int], allow_enable: bool = False, **other: Any) -> pb.SetSkeysRequest:
+    """Begin a SetSkeys stream; `other` are further fields of its Header."""
     return pb.SetSkeysRequest(
-        header=pb.SetSkeysRequest.Header(vm=vm, ranges=ranges(*wanted), allow_enable=allow_enable)
+        header=pb.SetSkeysRequest.Header(vm=vm, ranges=ranges(*wanted), allow_enable=allow_enable, **other)
     )
 
 
@@ -160,6 +164,11 @@ def whole(responses: Iterable[pb.GetSkeysResponse]) -> Read:
     return read
 
 
+def parts(answers: Iterable[pb.SetSkeysResponse]) -> list[str | None]:
+    """Say what each answer of a SetSkeys stream is."""
+    return [answer.WhichOneof("part") for answer in answers]
+
+
 class Stubs:
     """A channel with all generated stubs on it."""
 
@@ -215,17 +224,24 @@ class Stubs:
         return answers, None
 
     def set(
-        self, vm: str, wanted: Sequence[tuple[int, bytes]], *, allow_enable: bool = True
+        self, vm: str, wanted: Sequence[tuple[int, bytes]], *, allow_enable: bool = True, **other: Any
     ) -> pb.SetSkeysResponse.Result:
-        """Set keys, one chunk a range: a stream that must be applied whole."""
+        """Set keys, one chunk a range: a stream that must be applied whole. `other` are fields of its Header."""
         answers, error = self.send(
-            header(vm, *((start, len(keys)) for start, keys in wanted), allow_enable=allow_enable),
+            header(vm, *((start, len(keys)) for start, keys in wanted), allow_enable=allow_enable, **other),
             *(chunk(start, keys) for start, keys in wanted),
             commit(),
         )
-        assert error is None
-        assert [answer.WhichOneof("part") for answer in answers] == ["progress"] * len(wanted) + ["result"]
+        assert error is None, error
+        assert parts(answers) == ["begun", *["progress"] * len(wanted), "result"]
         return answers[-1].result
+
+    def settled(self, vm: str) -> vm_pb2.LastWrite:
+        """Wait until no SetSkeys is being rolled back: what became of the last one."""
+        end = time.monotonic() + SECONDS
+        while (last := self.look_at(vm).last_write).outcome == vm_pb2.WRITE_OUTCOME_ROLLING_BACK:
+            assert time.monotonic() < end, "it is being rolled back for ever"
+        return last
 
     def __enter__(self) -> Self:
         return self
@@ -251,6 +267,12 @@ class SetStream:
         """Send a message and take its answer."""
         self.send(request)
         return next(self.call)
+
+    def begin(self, vm: str, *wanted: tuple[int, int], **other: Any) -> pb.SetSkeysResponse.Begun:
+        """Send the header and take its answer, which must be that it is good."""
+        answer = self.ask(header(vm, *wanted, **other))
+        assert answer.WhichOneof("part") == "begun"
+        return answer.begun
 
     def finish(self) -> None:
         """Close the sending half."""

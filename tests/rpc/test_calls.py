@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +14,9 @@ import grpc
 import pytest
 import structlog
 
+from skeyd import limits
 from skeyd.errors import Reason, SkeydError
-from skeyd.rpc.calls import CallInterceptor, note
+from skeyd.rpc.calls import CallInterceptor, Cancelled, note
 from tests.rpc.stubs import SECONDS, refusal
 
 PRIVATE = "a-path-that-is-nobodys-business"
@@ -40,6 +42,16 @@ class Log:
             assert self._more.wait_for(lambda: self.lines, SECONDS)
             (line,) = self.lines
             return line
+
+    def of(self, kind: str) -> dict[str, Any]:
+        """Wait for the line of a call of that kind, whatever others there are."""
+        with self._more:
+
+            def found() -> list[dict[str, Any]]:
+                return [line for line in self.lines if line["method"] == f"/test/{kind}"]
+
+            assert self._more.wait_for(found, SECONDS)
+            return found()[0]
 
     def _keep(self, _: Any, level: str, event: Any) -> Any:
         with self._more:
@@ -280,3 +292,104 @@ def test_a_method_that_there_is_not_is_unimplemented_and_leaves_a_line(server: S
 
 def test_a_note_outside_of_any_call_is_for_nobody() -> None:
     note(vm="vms/a")
+
+
+class Serializing(Server):
+    """Its methods have a parser and a writer, as those of generated services do."""
+
+    def __init__(self, socket: Path) -> None:
+        super().__init__(socket)
+        self.channel.close()
+        self._server.stop(None).wait()
+        parsers = {"/test/stream_stream": lambda message: message + b" and parsed by another"}
+        self._server = grpc.server(
+            ThreadPoolExecutor(4), interceptors=[CallInterceptor(self.log.logger, parsers=parsers)]
+        )
+        handlers = {}
+        for kind in KINDS:
+            make = getattr(grpc, f"{kind}_rpc_method_handler")
+            handlers[kind] = make(
+                self._stream if kind.endswith("_stream") else self._unary,
+                request_deserializer=lambda message: message + b" and parsed",
+                response_serializer=lambda response: b"written: " + response.encode(),
+            )
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test", handlers),))
+        self._server.add_insecure_port(f"unix:{socket}2")
+        self._server.start()
+        self.channel = grpc.insecure_channel(f"unix:{socket}2")
+
+
+@pytest.fixture
+def serializing(tmp_path: Path) -> Iterator[Serializing]:
+    """Serve."""
+    made = Serializing(tmp_path / "s")
+    yield made
+    made.close()
+
+
+def test_bytes_that_a_handler_gives_are_on_the_wire_as_they_are(serializing: Serializing, kind: str) -> None:
+    serializing.behaviour = lambda _request, _context: b"ready bytes"
+    assert serializing.finish(kind)[-1] == b"ready bytes"
+
+
+def test_what_a_handler_gives_is_written_and_what_comes_is_parsed_by_whoever_is_to(
+    serializing: Serializing, kind: str
+) -> None:
+    serializing.behaviour = lambda request, _context: request.decode()
+    parser = b" by another" if kind == "stream_stream" else b""
+    assert serializing.finish(kind)[-1] == b"written: asked and parsed" + parser
+
+
+def test_a_handler_that_says_that_its_client_is_gone_is_believed(server: Server, kind: str) -> None:
+    def behaviour(_: bytes, context: grpc.ServicerContext) -> bytes:
+        context.cancel()
+        raise Cancelled
+
+    server.behaviour = behaviour
+    with pytest.raises(grpc.RpcError):
+        server.finish(kind)
+    line = server.log.one()
+    assert (line["level"], line["code"]) == ("info", "CANCELLED")
+
+
+class Endless(Server):
+    """Its streams never end."""
+
+    def _responses(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        while True:
+            yield bytes(1 << 20)
+
+
+def test_a_reader_that_takes_nothing_is_cut_off_and_keeps_nobody_waiting_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "IDLE_SECONDS", 0.5)
+    server = Endless(tmp_path / "s")
+    try:
+        stalled = server.call("unary_stream")
+        assert len(next(stalled)) == 1 << 20
+        assert server.finish("unary_unary") == [b"asked"]
+        line = server.log.of("unary_stream")
+        assert (line["code"], line["stalled"]) == ("CANCELLED", True)
+        assert line["ms"] >= 500
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stalled)
+        assert caught.value.code() == grpc.StatusCode.CANCELLED
+    finally:
+        server.close()
+
+
+def test_a_reader_that_is_slow_but_takes_what_comes_is_not_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "IDLE_SECONDS", 0.5)
+    server = Endless(tmp_path / "s")
+    try:
+        taken = server.call("unary_stream")
+        ends = time.monotonic() + 1.0
+        while time.monotonic() < ends:
+            assert len(next(taken)) == 1 << 20
+        taken.cancel()
+        assert "stalled" not in server.log.one()
+    finally:
+        server.close()

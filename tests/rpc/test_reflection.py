@@ -62,6 +62,7 @@ def test_a_file_comes_with_all_that_it_imports_and_itself_first(reflection: Refl
     assert set(files) == {
         "skeyd/v1/storage_key_service.proto",
         "skeyd/v1/vm.proto",
+        "google/protobuf/duration.proto",
         "google/protobuf/timestamp.proto",
     }
 

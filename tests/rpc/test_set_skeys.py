@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
+import zlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grpc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from skeyd.encoding import codec
 from skeyd.v1 import storage_key_service_pb2 as pb
 from skeyd.v1 import vm_pb2
 from tests.examples import examples
@@ -17,18 +20,23 @@ from tests.rpc.fixtures import NewVm
 from tests.rpc.stubs import (
     FRAMES_A_MIB,
     GENERATIONS,
+    KEEP,
     SECONDS,
+    Refusal,
+    SetStream,
     Stubs,
     chunk,
     commit,
     header,
     new_id,
+    parts,
     refusal,
     refused,
     some_keys,
 )
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
+APPLIED = vm_pb2.WRITE_OUTCOME_APPLIED
 
 
 # The main job
@@ -74,10 +82,19 @@ def test_each_chunk_is_answered_by_how_far_it_came(stubs: Stubs, new_vm: NewVm) 
         commit(),
     )
     assert error is None
-    progress = [(one.progress.next_gfn, one.progress.keys_set, one.progress.keys_repaired) for one in answers[:3]]
-    assert progress == [(5, 5, 1), (1024, 8, 1), (1032, 16, 2)]
-    assert answers[3].result == pb.SetSkeysResponse.Result(keys_set=16, keys_repaired=2, enabled=True)
-    assert len(answers) == 4
+    assert parts(answers) == ["begun", "progress", "progress", "progress", "result"]
+    begun = pb.SetSkeysResponse.Begun(incarnation=stubs.look_at(vm).incarnation, encodings=codec.KNOWN)
+    begun.max_slice_time.FromMilliseconds(10)
+    assert answers[0].begun == begun
+    first, second, whole = (zlib.crc32(b"\x10" * count) for count in (5, 8, 16))
+    assert [one.progress for one in answers[1:4]] == [
+        pb.SetSkeysResponse.Progress(next_gfn=5, keys_set=5, keys_repaired=1, enabled=True, crc32=first),
+        pb.SetSkeysResponse.Progress(next_gfn=1024, keys_set=8, keys_repaired=1, enabled=True, crc32=second),
+        pb.SetSkeysResponse.Progress(next_gfn=1032, keys_set=16, keys_repaired=2, enabled=True, crc32=whole),
+    ]
+    assert answers[4].result == pb.SetSkeysResponse.Result(
+        keys_set=16, keys_repaired=2, enabled=True, outcome=pb.SetSkeysResponse.OUTCOME_APPLIED, crc32=whole
+    )
 
 
 def test_the_largest_chunk_that_is_allowed_is_set_whole(stubs: Stubs, new_vm: NewVm) -> None:
@@ -132,6 +149,7 @@ def test_keys_are_not_enabled_for_a_guest_unless_that_is_allowed(stubs: Stubs, n
     assert error is not None
     assert (error.code, error.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "SKEYS_NOT_ENABLED")
     assert vm in error.message
+    assert error.metadata == {"outcome": "UNCHANGED"}
     assert answers == []
     assert not stubs.look_at(vm).uses_storage_keys
 
@@ -141,6 +159,7 @@ def test_allowing_to_enable_keys_enables_nothing_before_the_first_chunk(stubs: S
     _, error = stubs.send(header(vm, (0, 1), allow_enable=True))
     assert error is not None
     assert error.reason == "STREAM_INCOMPLETE"
+    assert error.metadata == {"outcome": "UNCHANGED"}
     assert not stubs.look_at(vm).uses_storage_keys
 
 
@@ -149,6 +168,7 @@ def test_a_first_chunk_that_is_wrong_enables_nothing(stubs: Stubs, new_vm: NewVm
     _, error = stubs.send(header(vm, (0, 2), allow_enable=True), chunk(0, b"\x10\x11"), commit())
     assert error is not None
     assert error.reason == "KEY_RESERVED_BIT"
+    assert error.metadata == {"gfn": "0x1", "outcome": "UNCHANGED"}
     assert not stubs.look_at(vm).uses_storage_keys
 
 
@@ -254,17 +274,34 @@ BAD_CHUNKS = {
     "header-again": BadChunk(header("vms/x", (0x108, 8)), INVALID, "REQUEST_INVALID", ["chunks and one commit"]),
     "empty-message": BadChunk(pb.SetSkeysRequest(), INVALID, "REQUEST_INVALID", ["chunks and one commit"]),
     "commit-too-early": BadChunk(
-        commit(), grpc.StatusCode.ABORTED, "STREAM_INCOMPLETE", ["8 keys are set", "16 are missing", "gfn 0x108 "]
+        commit(), grpc.StatusCode.ABORTED, "STREAM_INCOMPLETE", ["8 keys came", "16 are missing", "gfn 0x108 "]
     ),
 }
 
 
+both_ways = pytest.mark.parametrize("keep", [False, True], ids=["roll-back", "keep"])
+
+
+def how(keep: bool) -> dict[str, Any]:
+    """Header fields of a stream that is to be kept, or of one that says nothing of it."""
+    return {"on_interrupt": KEEP} if keep else {}
+
+
+def assert_told(error: Refusal, keep: bool, next_gfn: int, keys: bytes) -> None:
+    """Check that the metadata says that these keys, all of them before next_gfn, are kept or gone."""
+    told = {name: error.metadata.get(name) for name in ("outcome", "next_gfn", "keys_set", "crc32", "dirty", "enabled")}
+    kept = {"next_gfn": hex(next_gfn), "keys_set": str(len(keys)), "crc32": f"{zlib.crc32(keys):#010x}"}
+    empty = dict.fromkeys(told)
+    assert told == {**empty, "outcome": "KEPT", **kept} if keep else {**empty, "outcome": "ROLLED_BACK"}
+
+
+@both_ways
 @pytest.mark.parametrize("bad", BAD_CHUNKS.values(), ids=BAD_CHUNKS)
-def test_a_bad_message_after_a_good_chunk_sets_nothing_and_says_what_is_set(
-    stubs: Stubs, vm: str, bad: BadChunk
+def test_a_bad_message_after_a_good_chunk_sets_nothing_and_says_what_became_of_the_chunk(
+    stubs: Stubs, vm: str, bad: BadChunk, keep: bool
 ) -> None:
     answers, error = stubs.send(
-        header(vm, (0x100, 16), (0x500, 8)),
+        header(vm, (0x100, 16), (0x500, 8), **how(keep)),
         chunk(0x100, GOOD),
         bad.message,
         chunk(0x108, GOOD),
@@ -275,44 +312,264 @@ def test_a_bad_message_after_a_good_chunk_sets_nothing_and_says_what_is_set(
     assert (error.code, error.reason, error.domain) == (bad.code, bad.reason, "skeyd")
     for word in bad.named:
         assert word in error.message
-    assert (error.metadata["next_gfn"], error.metadata["keys_set"]) == ("0x108", "8")
-    assert [answer.WhichOneof("part") for answer in answers] == ["progress"]
-    assert stubs.get(vm).keys == GOOD + BEFORE[8:]
+    assert_told(error, keep, 0x108, GOOD)
+    assert parts(answers) == ["begun", "progress"]
+    assert stubs.get(vm).keys == (GOOD + BEFORE[8:] if keep else BEFORE)
 
 
+@both_ways
 @pytest.mark.parametrize("bad", BAD_CHUNKS.values(), ids=BAD_CHUNKS)
-def test_a_bad_message_in_the_place_of_the_first_chunk_changes_no_key(stubs: Stubs, vm: str, bad: BadChunk) -> None:
-    answers, error = stubs.send(header(vm, (0x108, 8)), bad.message, chunk(0x108, GOOD), commit())
+def test_a_bad_message_in_the_place_of_the_first_chunk_changes_no_key(
+    stubs: Stubs, vm: str, bad: BadChunk, keep: bool
+) -> None:
+    before = stubs.look_at(vm).last_write
+    answers, error = stubs.send(header(vm, (0x108, 8), **how(keep)), bad.message, chunk(0x108, GOOD), commit())
     assert error is not None
-    assert error.metadata["keys_set"] == "0"
-    assert error.metadata["next_gfn"] == "0x108"
-    assert answers == []
+    told = dict(error.metadata)
+    told.pop("gfn", None)
+    assert told == {"outcome": "UNCHANGED"}
+    assert parts(answers) == ["begun"]
     assert stubs.get(vm).keys == BEFORE
+    assert stubs.look_at(vm).last_write == before, "a call that set nothing is no write"
 
 
-def test_a_chunk_after_all_ranges_are_covered_is_refused(stubs: Stubs, vm: str) -> None:
-    answers, error = stubs.send(header(vm, (0x100, 8)), chunk(0x100, GOOD), chunk(0x108, GOOD), commit())
+@both_ways
+def test_a_chunk_after_all_ranges_are_covered_is_refused(stubs: Stubs, vm: str, keep: bool) -> None:
+    answers, error = stubs.send(header(vm, (0x100, 8), **how(keep)), chunk(0x100, GOOD), chunk(0x108, GOOD), commit())
     assert error is not None
     assert (error.code, error.reason) == (INVALID, "CHUNK_OUT_OF_ORDER")
     assert "0x108" in error.message
-    assert (error.metadata["next_gfn"], error.metadata["keys_set"]) == ("0x108", "8")
-    assert len(answers) == 1
+    assert_told(error, keep, 0x108, GOOD)
+    assert parts(answers) == ["begun", "progress"]
+    assert stubs.get(vm).keys == (GOOD + BEFORE[8:] if keep else BEFORE)
+
+
+@both_ways
+@pytest.mark.parametrize(
+    ("chunks", "keys_set", "next_gfn"),
+    [([], 0, 0x100), ([chunk(0x100, GOOD)], 8, 0x500), ([chunk(0x100, GOOD), chunk(0x500, GOOD)], 16, 0x508)],
+    ids=["no-chunk", "half", "all-but-the-commit"],
+)
+def test_a_stream_that_ends_without_commit_is_incomplete_and_says_what_became_of_it(
+    stubs: Stubs, vm: str, chunks: list[pb.SetSkeysRequest], keys_set: int, next_gfn: int, keep: bool
+) -> None:
+    _, error = stubs.send(header(vm, (0x100, 8), (0x500, 8), **how(keep)), *chunks)
+    assert error is not None
+    assert (error.code, error.reason) == (grpc.StatusCode.ABORTED, "STREAM_INCOMPLETE")
+    assert f"{keys_set} keys came, {16 - keys_set} are missing" in error.message
+    if chunks:
+        assert_told(error, keep, next_gfn, GOOD * len(chunks))
+    else:
+        assert error.metadata == {"outcome": "UNCHANGED"}
+    set_now = (GOOD if len(chunks) > 0 else b"", GOOD if len(chunks) > 1 else b"") if keep else (b"", b"")
+    low, high = BEFORE[:0x200], BEFORE[0x200:]
+    assert stubs.get(vm).keys == set_now[0] + low[len(set_now[0]) :] + set_now[1] + high[len(set_now[1]) :]
+
+
+@pytest.mark.parametrize("kernel", GENERATIONS, ids=vm_pb2.SimulatedKernel.Name)
+@pytest.mark.parametrize("rest", ["cut", "bad-chunk", "early-commit", "cancel"])
+def test_a_call_that_is_not_committed_changes_no_bit_of_any_key_on_any_kernel(
+    stubs: Stubs, new_vm: NewVm, kernel: vm_pb2.SimulatedKernel.ValueType, rest: str
+) -> None:
+    # Every value of ACC, F, R and C, and slices that fill several of the kernel's segments.
+    vm = new_vm((0, 4), (8, 4), kernel=kernel)
+    before = bytes(range(0, 256, 2)) * 16
+    high = some_keys(1024, 11)
+    stubs.set(vm, [(0, before[:1024]), (2048, high)])
+    old = stubs.get(vm).keys
+    assert old == before[:1024] + high
+    new = bytes(key ^ 0xFE for key in old)
+    with SetStream(stubs) as stream:
+        stream.begin(vm, (0, 1024), (2048, 1024))
+        stream.ask(chunk(0, new[:700]))
+        stream.ask(chunk(700, new[700:1024]))
+        stream.ask(chunk(2048, new[1024:1600]))
+        assert stubs.get(vm).keys == new[:1600] + old[1600:], "reading sees what is set so far"
+        if rest == "cancel":
+            stream.call.cancel()
+            end = time.monotonic() + SECONDS
+            while stubs.settled(vm).outcome == APPLIED:  # the daemon hasn't noticed
+                assert time.monotonic() < end
+        else:
+            if rest == "cut":
+                stream.finish()
+            else:
+                stream.send(commit() if rest == "early-commit" else chunk(0, b"\x10"))
+            with pytest.raises(grpc.RpcError) as caught:
+                next(stream.call)
+            assert_told(refusal(caught.value), False, 0, b"")
+    assert stubs.get(vm).keys == old
+    last = stubs.look_at(vm).last_write
+    assert (last.outcome, last.keys_set) == (vm_pb2.WRITE_OUTCOME_ROLLED_BACK, 1600)
+
+
+@pytest.mark.parametrize("kernel", GENERATIONS, ids=vm_pb2.SimulatedKernel.Name)
+@both_ways
+def test_a_guest_that_was_made_to_use_keys_uses_them_for_good_and_is_told_so(
+    stubs: Stubs, new_vm: NewVm, kernel: vm_pb2.SimulatedKernel.ValueType, keep: bool
+) -> None:
+    vm = new_vm((0, 1), kernel=kernel)
+    _, error = stubs.send(header(vm, (0, 16), allow_enable=True, **how(keep)), chunk(0, GOOD))
+    assert error is not None
+    assert (error.metadata["outcome"], error.metadata["enabled"]) == ("KEPT" if keep else "ROLLED_BACK", "true")
+    assert stubs.look_at(vm).uses_storage_keys
+    assert stubs.get(vm).keys == (GOOD if keep else bytes(8)) + bytes(248)
+
+
+# What is only validated, sent again, or gone on with
+
+
+def test_what_is_only_validated_is_checked_and_not_set(stubs: Stubs, vm: str) -> None:
+    before = stubs.look_at(vm).last_write
+    answers, error = stubs.send(
+        header(vm, (0x100, 8), (0x500, 8), validate_only=True), chunk(0x100, GOOD), chunk(0x500, GOOD), commit()
+    )
+    assert error is None
+    assert parts(answers) == ["begun", "progress", "progress", "result"]
+    assert answers[-1].result == pb.SetSkeysResponse.Result(
+        keys_set=16, outcome=pb.SetSkeysResponse.OUTCOME_VALIDATED, crc32=zlib.crc32(GOOD * 2)
+    )
+    assert stubs.get(vm).keys == BEFORE
+    assert stubs.look_at(vm).last_write == before
+
+
+@pytest.mark.parametrize("bad", BAD_CHUNKS.values(), ids=BAD_CHUNKS)
+def test_what_is_only_validated_is_refused_as_it_would_be_set(stubs: Stubs, vm: str, bad: BadChunk) -> None:
+    answers, error = stubs.send(
+        header(vm, (0x100, 16), (0x500, 8), validate_only=True), chunk(0x100, GOOD), bad.message
+    )
+    assert error is not None
+    assert (error.code, error.reason) == (bad.code, bad.reason)
+    assert error.metadata["outcome"] == "UNCHANGED"
+    assert parts(answers) == ["begun", "progress"]
+    assert stubs.get(vm).keys == BEFORE
+
+
+def test_validating_waits_for_nobody_and_nobody_for_it(stubs: Stubs, vm: str) -> None:
+    with SetStream(stubs) as validating, SetStream(stubs) as setting:
+        validating.begin(vm, (0x100, 8), validate_only=True)
+        setting.begin(vm, (0x100, 8))
+        validating.ask(chunk(0x100, GOOD))
+        setting.ask(chunk(0x100, GOOD))
+        assert validating.ask(commit()).result.outcome == pb.SetSkeysResponse.OUTCOME_VALIDATED
+        assert setting.ask(commit()).result.outcome == pb.SetSkeysResponse.OUTCOME_APPLIED
+
+
+def test_a_request_that_was_applied_is_answered_again_and_not_applied_again(stubs: Stubs, vm: str) -> None:
+    name = f"again-{new_id()}"
+    first = stubs.set(vm, [(0x100, GOOD)], request_id=name)
+    stubs.set(vm, [(0x100, BEFORE[:8])])
+    request = header(vm, (0x100, 8), allow_enable=True, request_id=name)
+    for rest in ([], [chunk(0x100, GOOD), commit()]):
+        answers, error = stubs.send(request, *rest)
+        assert error is None
+        assert parts(answers) == ["result"]
+        assert answers[0].result == first
+    assert stubs.get(vm).keys == BEFORE
+    answers, error = stubs.send(header(vm, (0x100, 9), allow_enable=True, request_id=name))
+    assert error is not None
+    assert (error.code, error.reason) == (INVALID, "REQUEST_ID_REUSED")
+    assert name in error.message
+    assert error.metadata["outcome"] == "UNCHANGED"
+
+
+def test_a_request_that_was_rolled_back_is_applied_when_it_is_sent_again(stubs: Stubs, vm: str) -> None:
+    name = f"rolled-back-{new_id()}"
+    _, error = stubs.send(header(vm, (0x100, 8), request_id=name), chunk(0x100, GOOD))
+    assert error is not None
+    last = stubs.look_at(vm).last_write
+    assert (last.request_id, last.outcome) == (name, vm_pb2.WRITE_OUTCOME_ROLLED_BACK)
+    assert stubs.set(vm, [(0x100, GOOD)], allow_enable=False, request_id=name).keys_set == 8
     assert stubs.get(vm).keys == GOOD + BEFORE[8:]
 
 
-@pytest.mark.parametrize(
-    ("chunks", "keys_set", "next_gfn"),
-    [([], 0, "0x100"), ([chunk(0x100, GOOD)], 8, "0x500"), ([chunk(0x100, GOOD), chunk(0x500, GOOD)], 16, "0x508")],
-    ids=["no-chunk", "half", "all-but-the-commit"],
-)
-def test_a_stream_that_ends_without_commit_is_incomplete_and_says_how_far_it_came(
-    stubs: Stubs, vm: str, chunks: list[pb.SetSkeysRequest], keys_set: int, next_gfn: str
-) -> None:
-    _, error = stubs.send(header(vm, (0x100, 8), (0x500, 8)), *chunks)
+@pytest.mark.parametrize("cuts", [1, 2])
+def test_a_call_that_was_kept_goes_on_where_it_was_cut(stubs: Stubs, vm: str, cuts: int) -> None:
+    fields: dict[str, Any] = {"on_interrupt": KEEP, "request_id": f"resumed-{new_id()}"}
+    wanted = ((0x100, 12), (0x500, 8))
+    keys = some_keys(20, 5)
+    _, error = stubs.send(header(vm, *wanted, **fields), chunk(0x100, keys[:8]))
     assert error is not None
-    assert (error.code, error.reason) == (grpc.StatusCode.ABORTED, "STREAM_INCOMPLETE")
-    assert f"{keys_set} keys are set, {16 - keys_set} are missing" in error.message
-    assert (error.metadata["keys_set"], error.metadata["next_gfn"]) == (str(keys_set), next_gfn)
+    for _ in range(cuts):
+        # Cut at once: nothing more is set, and what was kept is kept.
+        _, again = stubs.send(header(vm, *wanted, resume=True, **fields))
+        assert again is not None
+        assert_told(again, True, 0x108, keys[:8])
+        last = stubs.look_at(vm).last_write
+        assert (last.outcome, last.next_gfn, last.keys_set) == (vm_pb2.WRITE_OUTCOME_KEPT, 0x108, 8)
+    answers, error = stubs.send(
+        header(vm, *wanted, resume=True, **fields), chunk(0x108, keys[8:12]), chunk(0x500, keys[12:]), commit()
+    )
+    assert error is None
+    assert parts(answers) == ["begun", "progress", "progress", "result"]
+    begun = answers[0].begun
+    assert (begun.next_gfn, begun.keys_set, begun.crc32) == (0x108, 8, zlib.crc32(keys[:8]))
+    result = answers[-1].result
+    assert (result.keys_set, result.crc32) == (20, zlib.crc32(keys))
+    assert stubs.get(vm).keys == keys[:12] + BEFORE[12:0x200] + keys[12:] + BEFORE[0x208:]
+    # Applied: it is answered, and there is nothing to go on with.
+    answers, error = stubs.send(header(vm, *wanted, resume=True, **fields))
+    assert error is None
+    assert answers[-1].result == result
+
+
+def test_a_call_that_had_set_all_keys_goes_on_with_its_commit(stubs: Stubs, vm: str) -> None:
+    fields: dict[str, Any] = {"on_interrupt": KEEP, "request_id": f"resumed-{new_id()}"}
+    _, error = stubs.send(header(vm, (0x100, 8), **fields), chunk(0x100, GOOD))
+    assert error is not None
+    assert_told(error, True, 0x108, GOOD)
+    answers, error = stubs.send(header(vm, (0x100, 8), resume=True, **fields), commit())
+    assert error is None
+    assert parts(answers) == ["begun", "result"]
+    assert (answers[0].begun.next_gfn, answers[0].begun.keys_set) == (0x108, 8)
+    last = stubs.look_at(vm).last_write
+    assert (last.outcome, last.keys_set, last.request_id) == (APPLIED, 8, fields["request_id"])
+
+
+def test_there_is_nothing_to_go_on_with_once_somebody_else_has_set_keys(stubs: Stubs, vm: str) -> None:
+    fields: dict[str, Any] = {"on_interrupt": KEEP, "request_id": f"resumed-{new_id()}"}
+
+    def assert_nothing() -> None:
+        _, error = stubs.send(header(vm, (0x100, 16), resume=True, **fields))
+        assert error is not None
+        assert (error.code, error.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NOTHING_TO_RESUME")
+        assert error.metadata["outcome"] == "UNCHANGED"
+
+    def cut() -> None:
+        _, error = stubs.send(header(vm, (0x100, 16), **fields), chunk(0x100, GOOD))
+        assert error is not None
+
+    assert_nothing()
+    cut()
+    _, error = stubs.send(header(vm, (0x100, 17), resume=True, **fields))
+    assert error is not None
+    assert error.reason == "REQUEST_ID_REUSED"
+    stubs.keys.SetSkey(pb.SetSkeyRequest(vm=vm, gfn=0x500, key=0x10), timeout=SECONDS)
+    assert_nothing()
+    cut()
+    stubs.send(header(vm, (0x500, 8)), chunk(0x500, GOOD))  # rolled back, and all the same
+    assert_nothing()
+
+
+BAD_OPTIONS: dict[str, dict[str, Any]] = {
+    "on-interrupt": {"on_interrupt": 3},
+    "request-id-space": {"request_id": "a b"},
+    "request-id-long": {"request_id": "a" * 129},
+    "request-id-text": {"request_id": "ä"},
+    "request-id-line": {"request_id": "a\n"},
+    "resume-rolled-back": {"request_id": "a", "resume": True},
+    "resume-nameless": {"on_interrupt": KEEP, "resume": True},
+    "resume-validate": {"on_interrupt": KEEP, "request_id": "a", "resume": True, "validate_only": True},
+}
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS.values(), ids=BAD_OPTIONS)
+def test_a_header_that_asks_for_what_there_isnt_is_refused(stubs: Stubs, vm: str, options: dict[str, Any]) -> None:
+    answers, error = stubs.send(header(vm, (0x100, 8), **options), chunk(0x100, GOOD), commit())
+    assert error is not None
+    assert (error.code, error.reason) == (INVALID, "REQUEST_INVALID")
+    assert answers == []
+    assert stubs.get(vm).keys == BEFORE
 
 
 @pytest.mark.parametrize(

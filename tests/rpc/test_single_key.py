@@ -8,7 +8,7 @@ import pytest
 from skeyd.v1 import host_service_pb2, vm_pb2
 from skeyd.v1 import storage_key_service_pb2 as pb
 from tests.rpc.fixtures import NewVm
-from tests.rpc.stubs import SECONDS, Refusal, SetStream, Stubs, chunk, commit, header, refused
+from tests.rpc.stubs import SECONDS, Refusal, SetStream, Stubs, chunk, commit, refused
 
 KERNELS = {
     "4.19": (vm_pb2.SIMULATED_KERNEL_LINUX_4_19, pb.KEY_CALL_SKEYS),
@@ -142,7 +142,7 @@ def test_a_vm_that_is_not_there_is_not_found(one: One) -> None:
 def test_while_a_stream_sets_keys_one_key_can_be_read_and_none_be_set(one: One) -> None:
     one.stubs.set(one.name, [(0, b"\x30" * 16)])
     with SetStream(one.stubs) as stream:
-        stream.send(header(one.name, (0, 16)))
+        stream.begin(one.name, (0, 16))
         stream.ask(chunk(0, b"\xf8" * 8))
         assert one.get(0).key == 0xF8
         for call in (lambda: one.set(0, 0x40), lambda: one.reset(0)):

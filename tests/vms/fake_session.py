@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 from skeyd.errors import SkeydError
 from skeyd.gfn import GfnRange, MemoryMap, MemorySlot
+from skeyd.vms.pacing import Pace
+from skeyd.vms.read_ahead import ChunkRead
 from skeyd.vms.session import Session
+from skeyd.worker.outcomes import Begun, LastWrite
 from skeyd.worker.protocol import Hello
 from tests.worker.specs import UID
 
@@ -19,7 +24,7 @@ def key_of(gfn: int) -> int:
 class FakeSession(Session):
     """A session with a guest whose slots are given in frames."""
 
-    def __init__(self, *slots: tuple[int, int], uses_keys: bool = True, keyop: bool | None = False) -> None:
+    def __init__(self, *slots: tuple[int, int], uses_keys: bool = True, keyop: bool = False) -> None:
         memory = tuple(MemorySlot(number, GfnRange(*one), "none") for number, one in enumerate(slots))
         self.hello = Hello("web", UID, "0" * 32, "simulated", "simulated", "0", 1, 0, memory, keyop)
         self.memory_map = MemoryMap(memory)
@@ -33,30 +38,72 @@ class FakeSession(Session):
         self.written: list[tuple[GfnRange, bytes, bool]] = []
         self.repaired = 0
         """Keys that each write says it repaired."""
+        self.nanoseconds: Callable[[int], int] = lambda count: count
+        """How long the kernel had so many keys."""
         self.refusals: dict[int, SkeydError] = {}
         """By number of the write, counted from 0: what it raises."""
+        self.calls: list[str] = []
+        """What was said of the call as a whole: begin, commit, abandon."""
+        self.begun = Begun("begun", 0, 0, 0, False)
+        """What the next begin answers."""
+        self.outcomes: list[LastWrite | SkeydError | None] = []
+        """What each abandon answers; at the end of it that all is rolled back, or that nothing was set."""
+        self._applied = Begun("applied", 0, 0, 0, False)
 
     def uses_keys(self) -> bool:
         """Whether the guest uses storage keys."""
         return self.enabled
 
-    def read_slices(self, frames: Iterable[GfnRange]) -> Iterator[tuple[GfnRange, bytes | None]]:
-        """As a session does, without reading ahead."""
-        for one in frames:
+    def read_chunks(self, chunks: Iterable[GfnRange], pace: Pace) -> Iterator[ChunkRead]:
+        """As a session does, without reading ahead, and in pieces of odd sizes."""
+        for one in chunks:
             self.read.append(one)
             if self.keyless_from is not None and one.end > self.keyless_from:
-                yield one, None
+                yield ChunkRead(one, None)
             else:
-                yield one, bytes(self.impossible.get(gfn, key_of(gfn)) for gfn in range(one.start, one.end))
+                keys = memoryview(bytes(self.impossible.get(gfn, key_of(gfn)) for gfn in range(one.start, one.end)))
+                yield ChunkRead(one, (keys[: one.count // 3], keys[one.count // 3 :]))
 
-    def write_slice(self, frames: GfnRange, keys: bytes | memoryview, allow_enable: bool) -> tuple[int, bool]:
+    def write_slice(self, frames: GfnRange, keys: bytes | memoryview, allow_enable: bool) -> tuple[int, bool, int]:
         """As a session does."""
         number = len(self.written)
         self.written.append((frames, bytes(keys), allow_enable))
         if number in self.refusals:
             raise self.refusals[number]
         enabled, self.enabled = not self.enabled, True
-        return self.repaired, enabled
+        before = self._applied
+        self._applied = Begun(
+            "applied",
+            before.keys_set + frames.count,
+            before.repaired + self.repaired,
+            zlib.crc32(keys, before.crc32),
+            before.enabled or enabled,
+        )
+        return self.repaired, enabled, self.nanoseconds(frames.count)
+
+    def begin(self, request_id: str, fingerprint: str, *, keep: bool, resume: bool) -> Begun:
+        """As a session does."""
+        self.calls.append("begin")
+        self._applied = replace(self.begun, state="applied")
+        return self.begun
+
+    def commit(self) -> Begun:
+        """As a session does."""
+        self.calls.append("commit")
+        return self._applied
+
+    def abandon(self) -> LastWrite | None:
+        """As a session does."""
+        self.calls.append("abandon")
+        if self.outcomes:
+            outcome = self.outcomes.pop(0)
+            if isinstance(outcome, SkeydError):
+                raise outcome
+            return outcome
+        if not self.written:
+            return None
+        done = self._applied
+        return LastWrite("rolled_back", "", done.keys_set, done.crc32, done.enabled, 0)
 
     def keyop(self, operation: str, gfn: int, key: int = 0) -> tuple[int | None, bool]:
         """As a session does."""

@@ -61,6 +61,17 @@ class Caller:
         self.say({"ok": {}}, fd)
         return fd
 
+    def require_silence(self) -> None:
+        """Nothing may have been said that was not taken."""
+        self.connection.setblocking(False)
+        try:
+            found = self.connection.recv(MESSAGE_MAX)
+        except BlockingIOError:
+            return
+        finally:
+            self.connection.settimeout(SECONDS)
+        raise AssertionError(f"the front said {found!r}")
+
     def wait_for_end(self) -> None:
         """Say nothing more until the front hangs up."""
         while self.connection.recv(MESSAGE_MAX):

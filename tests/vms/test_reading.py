@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,9 +11,9 @@ from hypothesis import strategies as st
 
 from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange, Ranges
-from skeyd.vms import reading
-from skeyd.vms.reading import GapRead, KeysRead, check_ranges, pieces, read
-from skeyd.worker.protocol import SLICE_KEYS
+from skeyd.vms.pacing import Pace
+from skeyd.vms.read_ahead import ChunkRead
+from skeyd.vms.reading import GapRead, KeysRead, before, check_ranges, pieces, read, read_chunks
 from tests.examples import examples
 from tests.vms.fake_session import FakeSession, key_of
 
@@ -28,6 +27,18 @@ def _read(session: FakeSession, ranges: list[tuple[int, int]], chunk_keys: int =
 def _keys(start: int, count: int) -> KeysRead:
     keys = bytes(key_of(gfn) for gfn in range(start, start + count))
     return KeysRead(GfnRange(start, count), keys, zlib.crc32(keys))
+
+
+def _copied(parts: Iterator[ChunkRead | GapRead]) -> list[KeysRead | GapRead]:
+    found: list[KeysRead | GapRead] = []
+    for part in parts:
+        if isinstance(part, ChunkRead):
+            frames, keys = part.frames, part.copy()
+            assert keys is not None
+            found.append(KeysRead(frames, keys, zlib.crc32(keys)))
+        else:
+            found.append(part)
+    return found
 
 
 def _gap(start: int, count: int) -> GapRead:
@@ -89,23 +100,6 @@ def test_a_gap_is_told_whole_however_large_it_is() -> None:
     ]
 
 
-def test_a_chunk_larger_than_a_slice_is_read_in_slices_and_arrives_whole() -> None:
-    session = FakeSession((0, 4 * SLICE_KEYS))
-    (part,) = _read(session, [(5, 2 * SLICE_KEYS + 7)], chunk_keys=1 << 20)
-    assert part == _keys(5, 2 * SLICE_KEYS + 7)
-    assert session.read == [
-        GfnRange(5, SLICE_KEYS),
-        GfnRange(5 + SLICE_KEYS, SLICE_KEYS),
-        GfnRange(5 + 2 * SLICE_KEYS, 7),
-    ]
-
-
-def test_slices_do_not_cross_the_edges_of_chunks() -> None:
-    session = FakeSession((0, 4 * SLICE_KEYS))
-    _read(session, [(0, 2 * SLICE_KEYS)], chunk_keys=SLICE_KEYS + 1)
-    assert [one.count for one in session.read] == [SLICE_KEYS, 1, SLICE_KEYS - 1]
-
-
 def test_nothing_is_read_before_it_is_asked_for() -> None:
     session = FakeSession((0, 0x100))
     parts: Iterator[KeysRead | GapRead] = read(session, Ranges([GfnRange(0, 0x100)]), 0x10)
@@ -153,16 +147,15 @@ def _guests(draw: st.DrawFn) -> tuple[list[tuple[int, int]], list[tuple[int, int
     return slots, [(mapped[first], mapped[last] - mapped[first] + 1) for first, last in pairs]
 
 
-@given(_guests(), st.integers(1, 12), st.integers(1, 5))
+@given(_guests(), st.integers(1, 12))
 @settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_every_frame_of_every_range_arrives_once_in_order_with_its_key_or_in_a_gap(
-    guest: tuple[list[tuple[int, int]], list[tuple[int, int]]], chunk_keys: int, slice_keys: int
+    guest: tuple[list[tuple[int, int]], list[tuple[int, int]]], chunk_keys: int
 ) -> None:
     slots, asked = guest
     session = FakeSession(*slots)
     ranges = check_ranges(session.memory_map, Ranges(GfnRange(*one) for one in asked))
-    with mock.patch.object(reading, "SLICE_KEYS", slice_keys):
-        parts = list(read(session, ranges, chunk_keys))
+    parts = list(read(session, ranges, chunk_keys))
 
     mapped = {gfn for start, count in slots for gfn in range(start, start + count)}
     wanted = [gfn for one in ranges for gfn in range(one.start, one.end)]
@@ -176,9 +169,9 @@ def test_every_frame_of_every_range_arrives_once_in_order_with_its_key_or_in_a_g
             assert part.crc32 == zlib.crc32(part.keys)
             found += zip(frames, part.keys, strict=True)
     assert found == [(gfn, key_of(gfn) if gfn in mapped else None) for gfn in wanted]
-    # What was asked of the worker is what has memory, in slices.
+    # What was asked of the worker is what has memory, in chunks.
     assert [gfn for one in session.read for gfn in range(one.start, one.end)] == [g for g in wanted if g in mapped]
-    assert all(one.count <= slice_keys for one in session.read)
+    assert all(one.count <= chunk_keys for one in session.read)
 
 
 @given(st.integers(0, LIMIT - 1), st.integers(1, 200), st.integers(1, 50))
@@ -190,3 +183,48 @@ def test_pieces_are_as_large_as_they_may_be_and_lie_end_to_end(start: int, count
     assert sum(one.count for one in cut) == frames.count
     assert all(one.count == most for one in cut[:-1])
     assert 1 <= cut[-1].count <= most
+
+
+# --- going on in the middle ----------------------------------------------------------------------------------------
+
+
+@given(_guests(), st.integers(1, 12), st.data())
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_from_any_frame_on_comes_what_came_after_it_before(
+    guest: tuple[list[tuple[int, int]], list[tuple[int, int]]], chunk_keys: int, data: st.DataObject
+) -> None:
+    slots, asked = guest
+    session = FakeSession(*slots)
+    ranges = check_ranges(session.memory_map, Ranges(GfnRange(*one) for one in asked))
+    whole = list(read(session, ranges, chunk_keys))
+    frames = [gfn for one in ranges for gfn in range(one.start, one.end)]
+    gfn = data.draw(st.sampled_from([*frames, ranges[-1].end]))
+
+    rest = _copied(read_chunks(session, ranges, chunk_keys, Pace(1), start_at=gfn))
+
+    cut = [part for part in whole if part.frames.start < gfn < part.frames.end]
+    assert rest[len(cut) :] == [part for part in whole if part.frames.start >= gfn]
+    for part, left in zip(cut, rest, strict=False):
+        assert left.frames == GfnRange(gfn, part.frames.end - gfn)
+        assert isinstance(left, KeysRead) == isinstance(part, KeysRead)
+    mapped = {one for start, count in slots for one in range(start, start + count)}
+    came_before = [one for one in frames if one < gfn]
+    keys = sum(one in mapped for one in came_before)
+    assert before(session.memory_map, ranges, gfn) == (keys, len(came_before) - keys)
+
+
+def test_to_go_on_late_in_a_large_guest_takes_no_longer_than_early() -> None:
+    # 2^31 chunks lie before it, and nobody looks at one of them.
+    session = FakeSession((0, 1 << 31))
+    ranges = Ranges([GfnRange(0, 1 << 31)])
+    first = next(read_chunks(session, ranges, 1, Pace(1), start_at=(1 << 31) - 3))
+    assert _copied(iter([first])) == [_keys((1 << 31) - 3, 1)]
+    assert before(session.memory_map, ranges, (1 << 31) - 3) == ((1 << 31) - 3, 0)
+
+
+@pytest.mark.parametrize("gfn", [0, 0xFF, 0x104, 0x10F, 0x116, LIMIT - 1])
+def test_a_frame_in_no_range_is_nothing_to_go_on_with(gfn: int) -> None:
+    session = FakeSession((0x100, 0x20))
+    with pytest.raises(SkeydError, match=hex(gfn)) as refused:
+        before(session.memory_map, Ranges([GfnRange(0x100, 4), GfnRange(0x110, 5)]), gfn)
+    assert refused.value.reason is Reason.REQUEST_INVALID

@@ -23,7 +23,7 @@ from skeyd.vms.registry import Registry
 from skeyd.vms.runtime import RECORD, RuntimeDirectory, VmDirectory
 from skeyd.vms.starter import ChildStarter
 from skeyd.vms.vm import Vm, VmState
-from skeyd.worker.protocol import LOCK, SOCKET, Fields, Spec
+from skeyd.worker.protocol import LOCK, PROTOCOL, SOCKET, Fields, Spec
 from tests.processes import children, end, look_at, wait_for_end
 from tests.vms.fake_worker import Caller, FakeWorker, answers, hello, says
 from tests.worker.specs import MIB, UID, owned, simulated, slot
@@ -421,7 +421,7 @@ def test_a_directory_under_another_name_is_quarantined_and_its_worker_lives(
     [
         pytest.param(says(b"HTTP/1.1 200 OK\r\n\r\n"), id="another program"),
         pytest.param(says(hello(pid=1)), id="a liar"),
-        pytest.param(says(hello(protocol=2)), id="another version"),
+        pytest.param(says(hello(protocol=PROTOCOL - 1)), id="an older version"),
         pytest.param(says(hello(id="other")), id="another vm"),
         pytest.param(says(hello(uid=OTHER_UID)), id="another uid"),
         pytest.param(answers([("status", {"ok": {}})]), id="nonsense"),

@@ -14,7 +14,7 @@ import pytest
 
 from skeyd.errors import Reason, SkeydError
 from skeyd.vms.runtime import LOG, RECORD, RuntimeDirectory, RuntimeDirectoryError, VmDirectory
-from skeyd.worker.protocol import LOCK, MESSAGE_MAX, SOCKET, ProtocolError, SlotSpec, Spec
+from skeyd.worker.protocol import LOCK, MESSAGE_MAX, PROTOCOL, SOCKET, ProtocolError, SlotSpec, Spec
 from tests.worker.specs import UID, simulated
 
 OTHER_UID = "11111111-2222-3333-4444-555555555555"
@@ -377,7 +377,7 @@ def _as_text(**changes: object) -> bytes:
         pytest.param(b"\xff" * 100, id="no text"),
         pytest.param(b"[]", id="no object"),
         pytest.param(b"[" * 60_000, id="deep"),
-        pytest.param(_as_text(protocol=2), id="of another version"),
+        pytest.param(_as_text(protocol=PROTOCOL + 1), id="of another version"),
         pytest.param(_as_text(uid=""), id="without a uid"),
         pytest.param(_as_text(slots=None), id="without slots"),
         pytest.param(_as_text() + b" " * MESSAGE_MAX, id="too long"),

@@ -6,7 +6,10 @@ import fcntl
 import json
 import mmap
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,12 +22,23 @@ from skeyd.limits import WORKER_ANSWER_SECONDS
 from skeyd.linux import Peer
 from skeyd.vms import session as session_module
 from skeyd.vms.session import Session
-from skeyd.worker.protocol import BUFFER_BYTES, MESSAGE_MAX, SLICE_KEYS, ProtocolError
+from skeyd.worker.outcomes import Begun, LastWrite
+from skeyd.worker.protocol import (
+    BUFFER_BYTES,
+    BUFFER_KEYS,
+    MESSAGE_MAX,
+    PROTOCOL,
+    SLICE_KEYS,
+    ProtocolError,
+    error_message,
+)
 from tests.vms.fake_worker import Caller, FakeWorker, Script, answers, hello, says
-from tests.worker.processes import WorkerProcess
+from tests.worker.processes import SECONDS, WorkerProcess
 from tests.worker.specs import UID, simulated
 
 OK: dict[str, Any] = {"ok": {}}
+READ: dict[str, Any] = {"ok": {"uses_keys": True, "ns": 1}}
+"""A good answer to "get"."""
 FRAMES = GfnRange(0x100, 4)
 Use = Callable[[Session], object]
 
@@ -49,7 +63,8 @@ def _read(session: Session) -> list[tuple[GfnRange, bytes | None]]:
 
 
 def _write(session: Session) -> tuple[int, bool]:
-    return session.write_slice(FRAMES, b"\x10\x20\x30\x40", allow_enable=True)
+    repaired, enabled, _ = session.write_slice(FRAMES, b"\x10\x20\x30\x40", allow_enable=True)
+    return repaired, enabled
 
 
 def _refusal(path: Path, script: Script, use: Use) -> SkeydError:
@@ -71,8 +86,12 @@ def test_a_worker_that_says_who_it_is_is_known(runtime_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("said", "why"),
     [
-        pytest.param(hello(protocol=2), "protocol is no number from 1 to 1", id="another protocol"),
-        pytest.param(hello(protocol=0), "protocol is no number from 1 to 1", id="an older protocol"),
+        pytest.param(
+            hello(protocol=PROTOCOL + 1), f"protocol is no number from {PROTOCOL} to {PROTOCOL}", id="another protocol"
+        ),
+        pytest.param(
+            hello(protocol=PROTOCOL - 1), f"protocol is no number from {PROTOCOL} to {PROTOCOL}", id="an older protocol"
+        ),
         pytest.param(hello(pid=1), r"says it is pid 1, the kernel says pid \d+", id="another process"),
         pytest.param(hello(id="../web"), "id is no text", id="a bad id"),
         pytest.param(hello(slots=[]), "without memory slots", id="no memory"),
@@ -224,6 +243,7 @@ NO_ANSWER: list[dict[str, Any] | bytes] = [
 BAD_FLAGS: list[Any] = [None, 0, 1, "true", [], {}]
 BAD_COUNTS: list[Any] = [None, -1, FRAMES.count + 1, 1 << 64, True, 1.0, "1", []]
 
+BAD_TIMES: list[Any] = [None, -1, (1 << 62) + 1, True, 1.0, "1", []]
 ONE = {"uses_keys": True, "key": 0x30, "repaired": False}
 UNCERTAIN = {"set": str(FRAMES), "keyop": "0x7-0x7"}
 """By op: what nobody knows of after it was asked for and not answered."""
@@ -237,20 +257,52 @@ def _rrbe(session: Session) -> object:
     return session.keyop("rrbe", 7)
 
 
+def _begin(session: Session) -> Begun:
+    return session.begin("mine", "0" * 64, keep=True, resume=False)
+
+
+def _begin_nameless(session: Session) -> Begun:
+    return session.begin("", "0" * 64, keep=True, resume=True)
+
+
+BEGUN = Begun("begun", 0, 0, 0, False).to_message()
+LAST = LastWrite("rolled_back", "mine", 4, 1, False, 4).to_message()
+NO_LAST: list[Any] = [[], 1, "no", {}, {**LAST, "outcome": "unchanged"}, {**LAST, "dirty": [{"start": 0, "count": 1}]}]
+"""What is sent as "last_write" and is none."""
+BAD_BEGUN: list[dict[str, Any]] = [
+    {"state": "kept"},
+    {"state": "resumed"},  # nobody asked for that
+    {"keys_set": 1},  # nothing can be set yet
+    {"keys_set": -1},
+    {"crc32": 1 << 32},
+    {"enabled": None},
+]
+
 BAD_ANSWERS: list[tuple[str, Use, dict[str, Any] | bytes]] = [
     *(("status", Session.uses_keys, answer) for answer in NO_ANSWER),
     *(("status", Session.uses_keys, {"ok": {"uses_keys": flag}}) for flag in BAD_FLAGS),
     *(("get", _read, answer) for answer in NO_ANSWER),
-    *(("get", _read, {"ok": {"uses_keys": flag}}) for flag in BAD_FLAGS),
+    *(("get", _read, {"ok": {"uses_keys": flag, "ns": 1}}) for flag in BAD_FLAGS),
+    *(("get", _read, {"ok": {"uses_keys": True, "ns": ns}}) for ns in BAD_TIMES),
     *(("set", _write, answer) for answer in NO_ANSWER),
-    *(("set", _write, {"ok": {"repaired": count, "enabled": True}}) for count in BAD_COUNTS),
-    *(("set", _write, {"ok": {"repaired": 0, "enabled": flag}}) for flag in BAD_FLAGS),
+    *(("set", _write, {"ok": {"repaired": count, "enabled": True, "ns": 1}}) for count in BAD_COUNTS),
+    *(("set", _write, {"ok": {"repaired": 0, "enabled": flag, "ns": 1}}) for flag in BAD_FLAGS),
+    *(("set", _write, {"ok": {"repaired": 0, "enabled": True, "ns": time}}) for time in (None, -1, "1", 1.5, 1 << 63)),
     *(("keyop", _sske, answer) for answer in NO_ANSWER),
     *(("keyop", _sske, {"ok": {**ONE, "key": key}}) for key in (None, -1, 256, True, "1", 0x01, 0x31)),
     *(("keyop", _rrbe, {"ok": {**ONE, "key": key}}) for key in (0x01, 0x08, 0x16, 0x80)),
     *(("keyop", _sske, {"ok": {**ONE, "uses_keys": flag}}) for flag in BAD_FLAGS),
     *(("keyop", _sske, {"ok": {**ONE, "repaired": flag}}) for flag in BAD_FLAGS),
     *(("shutdown", Session.shut_down, answer) for answer in NO_ANSWER if answer != {"ok": {}}),
+    *(("status", Session.status, {"ok": {"uses_keys": True, "last_write": last}}) for last in NO_LAST),
+    *(("begin", _begin, answer) for answer in NO_ANSWER),
+    *(("begin", _begin, {"ok": {**BEGUN, **bad}}) for bad in BAD_BEGUN),
+    # What has no name can't have been applied before.
+    ("begin", _begin_nameless, {"ok": {**BEGUN, "state": "applied"}}),
+    *(("commit", Session.commit, answer) for answer in NO_ANSWER),
+    *(("commit", Session.commit, {"ok": {**BEGUN, "state": state}}) for state in ("kept", "begun", "resumed")),
+    *(("abandon", Session.abandon, answer) for answer in NO_ANSWER if answer != {"ok": {}}),
+    *(("abandon", Session.abandon, {"ok": {"last_write": last}}) for last in NO_LAST),
 ]
 
 
@@ -289,6 +341,9 @@ USES: list[tuple[str, Use]] = [
     ("set", _write),
     ("keyop", _sske),
     ("shutdown", Session.shut_down),
+    ("begin", _begin),
+    ("commit", Session.commit),
+    ("abandon", Session.abandon),
 ]
 
 
@@ -389,9 +444,9 @@ def test_a_descriptor_that_comes_with_an_answer_is_closed(runtime_dir: Path) -> 
 # --- slices --------------------------------------------------------------------------------------------------------
 
 
-def test_one_slice_is_read_ahead_and_never_two(runtime_dir: Path) -> None:
+def test_slices_are_asked_for_ahead_and_lie_where_they_were_asked_to(runtime_dir: Path) -> None:
     wanted = [GfnRange(0x1000 * number, 8) for number in range(5)]
-    asked: list[tuple[int, int, int]] = []
+    asked: list[tuple[int, int, int, int]] = []
 
     def script(caller: Caller) -> None:
         caller.say(hello())
@@ -399,30 +454,55 @@ def test_one_slice_is_read_ahead_and_never_two(runtime_dir: Path) -> None:
         with mmap.mmap(fd, BUFFER_BYTES) as buffers:
             os.close(fd)
             for number in range(len(wanted)):
-                # The next request comes before this one is answered; the one after that doesn't.
-                while len(asked) < min(number + 2, len(wanted)):
+                # Of the first slice nobody knows how long it takes; when it is known all others are asked for.
+                while len(asked) < (1 if number == 0 else len(wanted)):
                     request = caller.take()
                     assert request["op"] == "get"
-                    asked.append((request["buffer"], request["start"], request["count"]))
-                caller.connection.setblocking(False)
-                with pytest.raises(BlockingIOError):
-                    caller.connection.recv(1)
-                caller.connection.settimeout(30)
-                buffer, _, count = asked[number]
-                at = buffer * SLICE_KEYS
+                    asked.append((request["buffer"], request["offset"], request["start"], request["count"]))
+                caller.require_silence()
+                buffer, offset, _, count = asked[number]
+                at = buffer * BUFFER_KEYS + offset
                 buffers[at : at + count] = bytes([number * 2]) * count
-                caller.say({"ok": {"uses_keys": True}})
+                caller.say(READ)
         caller.wait_for_end()
 
     with FakeWorker(runtime_dir, script), _session(runtime_dir) as session:
         found = list(session.read_slices(wanted))
     assert found == [(one, bytes([number * 2]) * 8) for number, one in enumerate(wanted)]
-    assert asked == [(number % 2, one.start, 8) for number, one in enumerate(wanted)]
+    assert asked == [(0, 8 * number, one.start, 8) for number, one in enumerate(wanted)]
+
+
+def test_a_session_that_is_hung_up_wakes_who_waits_for_the_worker(runtime_dir: Path) -> None:
+    asked = threading.Event()
+
+    def script(caller: Caller) -> None:
+        caller.say(hello())
+        os.close(caller.attach())
+        caller.take()
+        asked.set()
+        caller.wait_for_end()
+
+    with FakeWorker(runtime_dir, script), _session(runtime_dir) as session:
+        with ThreadPoolExecutor(1) as pool:
+            reading = pool.submit(_read, session)
+            assert asked.wait(SECONDS)
+            session.hang_up()
+            refused = reading.exception(SECONDS)
+        assert isinstance(refused, SkeydError)
+        assert refused.reason is Reason.WORKER_LOST
+        session.hang_up()
+    session.hang_up()  # and of one that is closed there is nothing to do
+
+
+def test_a_hang_up_after_the_worker_is_gone_is_no_error(runtime_dir: Path) -> None:
+    with FakeWorker(runtime_dir, lambda caller: caller.say(hello())) as worker, _session(runtime_dir) as session:
+        worker.close()
+        session.hang_up()
 
 
 def test_slices_of_a_guest_that_uses_no_keys_are_none(runtime_dir: Path) -> None:
     def then(caller: Caller) -> None:
-        caller.say({"ok": {"uses_keys": False}})
+        caller.say({"ok": {"uses_keys": False, "ns": 1}})
         caller.wait_for_end()
 
     with FakeWorker(runtime_dir, _after_attaching("get", then)), _session(runtime_dir) as session:
@@ -431,8 +511,8 @@ def test_slices_of_a_guest_that_uses_no_keys_are_none(runtime_dir: Path) -> None
 
 def test_a_worker_that_dies_after_the_first_of_two_slices_was_lost_and_the_first_was_read(runtime_dir: Path) -> None:
     def then(caller: Caller) -> None:
+        caller.say(READ)
         caller.take()
-        caller.say({"ok": {"uses_keys": True}})
 
     with FakeWorker(runtime_dir, _after_attaching("get", then)), _session(runtime_dir) as session:
         slices = session.read_slices([FRAMES, GfnRange(0x200, 4)])
@@ -450,7 +530,7 @@ def test_what_the_worker_changes_after_its_answer_is_not_in_what_was_read(runtim
         fd = caller.attach()
         held.append(mmap.mmap(fd, BUFFER_BYTES))
         os.close(fd)
-        caller.answer("get", {"ok": {"uses_keys": True}})
+        caller.answer("get", READ)
         caller.wait_for_end()
 
     with FakeWorker(runtime_dir, script), _session(runtime_dir) as session:
@@ -465,7 +545,7 @@ def test_a_reader_that_stops_in_the_middle_leaves_nothing(runtime_dir: Path) -> 
         caller.say(hello())
         os.close(caller.attach())
         for _ in range(2):
-            caller.answer("get", {"ok": {"uses_keys": True}})
+            caller.answer("get", READ)
         caller.wait_for_end()
 
     with FakeWorker(runtime_dir, script), _session(runtime_dir) as session:
@@ -484,19 +564,20 @@ def test_a_slice_that_is_written_lies_in_the_buffer_when_the_worker_is_asked(
         fd = caller.attach()
         with mmap.mmap(fd, BUFFER_BYTES) as buffers:
             os.close(fd)
-            request = caller.answer("set", {"ok": {"repaired": 2, "enabled": True}})
-            at = request["buffer"] * SLICE_KEYS
+            request = caller.answer("set", {"ok": {"repaired": 2, "enabled": True, "ns": 7}})
+            at = request["buffer"] * BUFFER_KEYS
             seen.append((request, buffers[at : at + request["count"]]))
         caller.wait_for_end()
 
     keys = memoryview(b"\x10\x20\x30\x40")
     with FakeWorker(runtime_dir, script), _session(runtime_dir) as session:
-        assert session.write_slice(FRAMES, keys, allow_enable) == (2, True)
+        assert session.write_slice(FRAMES, keys, allow_enable) == (2, True, 7)
     ((request, written),) = seen
     assert written == b"\x10\x20\x30\x40"
     assert request == {
         "op": "set",
         "buffer": request["buffer"],
+        "offset": 0,
         "start": 0x100,
         "count": 4,
         "allow_enable": allow_enable,
@@ -505,7 +586,7 @@ def test_a_slice_that_is_written_lies_in_the_buffer_when_the_worker_is_asked(
 
 def test_as_many_keys_may_be_repaired_as_were_set(runtime_dir: Path) -> None:
     def then(caller: Caller) -> None:
-        caller.say({"ok": {"repaired": FRAMES.count, "enabled": False}})
+        caller.say({"ok": {"repaired": FRAMES.count, "enabled": False, "ns": 0}})
         caller.wait_for_end()
 
     with FakeWorker(runtime_dir, _after_attaching("set", then)), _session(runtime_dir) as session:
@@ -522,9 +603,10 @@ def test_keys_go_in_and_come_out_of_a_real_worker(runtime_dir: Path) -> None:
         with _session(runtime_dir) as session:
             assert not session.uses_keys()
             keys = bytes(range(0, 256, 2)) * (SLICE_KEYS // 128)
-            repaired, enabled = session.write_slice(GfnRange(0, SLICE_KEYS), keys, allow_enable=True)
+            repaired, enabled, took = session.write_slice(GfnRange(0, SLICE_KEYS), keys, allow_enable=True)
             # The first non-zero key of every MiB was lost at first.
             assert (repaired, enabled) == (SLICE_KEYS // 256, True)
+            assert took > 0
             slices = [GfnRange(0, SLICE_KEYS), GfnRange(SLICE_KEYS, 512), GfnRange(1, 3)]
             found = list(session.read_slices(slices))
             assert [frames for frames, _ in found] == slices
@@ -581,13 +663,6 @@ def test_a_read_that_was_not_answered_leaves_nothing_uncertain(runtime_dir: Path
     assert "uncertain" not in _refusal(runtime_dir, _after_attaching("keyop", lambda _: None), use).metadata
 
 
-def test_a_worker_from_before_there_was_keyop_has_none(runtime_dir: Path) -> None:
-    old = hello()
-    del old["keyop"]
-    with FakeWorker(runtime_dir, says(old)), _session(runtime_dir) as session:
-        assert session.hello.keyop is None
-
-
 @contextmanager
 def _served(worker: WorkerProcess) -> Iterator[None]:
     assert worker.first_line() == OK
@@ -602,7 +677,7 @@ def test_a_real_worker_takes_keyop(runtime_dir: Path) -> None:
     ):
         assert session.hello.keyop
         assert session.keyop("sske", 3, 0x30) == (None, False)
-        assert session.write_slice(GfnRange(0, 4), b"\x16" * 4, True) == (0, True)
+        assert session.write_slice(GfnRange(0, 4), b"\x16" * 4, True)[:2] == (0, True)
         assert session.keyop("sske", 3, 0x30) == (0x16, False)
         assert session.keyop("iske", 3) == (0x30, False)
         assert session.keyop("rrbe", 2) == (0x06, False)
@@ -611,3 +686,73 @@ def test_a_real_worker_takes_keyop(runtime_dir: Path) -> None:
             session.keyop("iske", 1 << 20)
         assert refused.value.reason is Reason.GFN_NOT_MAPPED
         assert session.keyop("iske", 3) == (0x30, False), "a refusal leaves a session that can be used"
+
+
+# --- calls of several writes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("begun", "resume"),
+    [
+        (Begun("begun", 0, 0, 0, False), False),
+        (Begun("begun", 0, 0, 0, False), True),
+        (Begun("resumed", 8, 1, 2, True), True),
+        (Begun("applied", 8, 1, 2, True), False),
+        (Begun("applied", 8, 1, 2, True), True),
+    ],
+)
+def test_a_call_begins_as_the_worker_says(runtime_dir: Path, begun: Begun, resume: bool) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def script(caller: Caller) -> None:
+        caller.say(hello())
+        asked.append(caller.answer("begin", {"ok": begun.to_message()}))
+        caller.answer("commit", {"ok": Begun("applied", 8, 1, 2, True).to_message()})
+        caller.wait_for_end()
+
+    with FakeWorker(runtime_dir, script), _session(runtime_dir) as session:
+        assert session.begin("mine", "f" * 64, keep=False, resume=resume) == begun
+        assert session.commit() == Begun("applied", 8, 1, 2, True)
+    assert asked == [{"op": "begin", "request_id": "mine", "fingerprint": "f" * 64, "keep": False, "resume": resume}]
+
+
+def test_what_became_of_a_call_is_what_the_worker_says(runtime_dir: Path) -> None:
+    last = LastWrite("dirty", "mine", 4, 1, True, 4, (GfnRange(0, 4),))
+    pairs: list[tuple[str, dict[str, Any] | bytes]] = [
+        ("abandon", {"ok": {}}),
+        ("abandon", {"ok": {"last_write": last.to_message()}}),
+        ("status", {"ok": {"uses_keys": True, "last_write": last.to_message()}}),
+        ("status", {"ok": {"uses_keys": False}}),
+    ]
+    with FakeWorker(runtime_dir, answers(pairs)), _session(runtime_dir) as session:
+        assert session.abandon() is None
+        assert session.abandon() == last
+        assert session.status() == (True, last)
+        assert session.status() == (False, None)
+
+
+@pytest.mark.parametrize(("op", "use"), [("begin", _begin), ("set", _write), ("keyop", _sske)])
+def test_a_worker_that_is_busy_is_so_in_the_words_of_the_fronts_own_lock(runtime_dir: Path, op: str, use: Use) -> None:
+    def then(caller: Caller) -> None:
+        caller.say(error_message(SkeydError(Reason.VM_BUSY, "a SetSkeys is being rolled back on this VM")))
+        caller.wait_for_end()
+
+    refusal = _refusal(runtime_dir, _after_attaching(op, then), use)
+    assert refusal.reason is Reason.VM_BUSY
+    assert refusal.message == "vms/web is busy: a SetSkeys is being rolled back on this VM"
+    assert refusal.metadata == {"vm": "vms/web"}
+
+
+def test_a_real_worker_takes_back_what_was_not_committed_when_the_front_hangs_up(runtime_dir: Path) -> None:
+    frames = GfnRange(0, 4)
+    with WorkerProcess(runtime_dir, simulated((0, 4))) as worker, _served(worker):
+        with _session(runtime_dir) as session:
+            session.write_slice(frames, b"\x10\x20\x30\x46", True)
+            session.begin("mine", "0" * 64, keep=False, resume=False)
+            session.write_slice(frames, b"\xf8" * 4, False)
+        with _session(runtime_dir) as session:
+            end = time.monotonic() + SECONDS
+            while (last := session.status()[1]) is None or last.outcome == "rolling_back":
+                assert time.monotonic() < end
+            assert (last.outcome, last.request_id, last.keys_set) == ("rolled_back", "mine", 4)
+            assert list(session.read_slices([frames])) == [(frames, b"\x10\x20\x30\x46")]

@@ -12,7 +12,7 @@ from tests.vms.fake_session import FakeSession, key_of
 HOLE = 100
 
 
-def session(*, keyop: bool | None, uses_keys: bool = True) -> FakeSession:
+def session(*, keyop: bool, uses_keys: bool = True) -> FakeSession:
     """Frames 0 to 99 and 200 to 299."""
     return FakeSession((0, 100), (200, 100), uses_keys=uses_keys, keyop=keyop)
 
@@ -120,11 +120,3 @@ def test_a_guest_that_uses_no_keys_has_no_r() -> None:
     with pytest.raises(SkeydError) as refused:
         reset_referenced(session(keyop=True, uses_keys=False), 1)
     assert reason(refused) is Reason.SKEYS_NOT_ENABLED
-
-
-def test_an_old_worker_is_not_taken_for_an_old_kernel() -> None:
-    talk = session(keyop=None)
-    assert read_one(talk, 7) == OneRead(key_of(7), by_keyop=False)
-    with pytest.raises(SkeydError, match="worker is from before") as refused:
-        reset_referenced(talk, 1)
-    assert reason(refused) is Reason.CAP_S390_KEYOP_MISSING

@@ -189,3 +189,13 @@ def test_a_socket_can_be_bound_and_found_however_deep_its_directory_lies(runtime
         assert (deep / "socket").is_socket()
     finally:
         os.close(fd)
+
+
+def test_an_end_shows_even_behind_what_was_said_before_it() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        channel = Channel(ours)
+        theirs.send(b"{}")
+        assert not channel.is_ended()
+        theirs.close()
+        assert channel.is_ended()

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 import skeyd
-from skeyd.worker.protocol import BUFFER_BYTES, LOCK, MESSAGE_MAX, SLICE_KEYS, SOCKET, encode
+from skeyd.worker.protocol import BUFFER_BYTES, BUFFER_KEYS, LOCK, MESSAGE_MAX, PROTOCOL, SLICE_KEYS, SOCKET, encode
 from skeyd.worker.service import MAX_CONNECTIONS
 from tests.worker.processes import SECONDS, WORKER, Front, WorkerProcess, hung_up
 from tests.worker.specs import UID, owned, simulated, slot
@@ -103,7 +103,7 @@ def test_a_worker_says_who_it_is_to_everybody_who_connects(start: Start) -> None
         assert other.hello() == hello
     assert re.fullmatch("[0-9a-f]{32}", hello.pop("incarnation"))
     assert hello == {
-        "protocol": 1,
+        "protocol": PROTOCOL,
         "id": "web",
         "uid": UID,
         "keyop": False,
@@ -139,7 +139,7 @@ def test_a_worker_that_starts_again_is_another_incarnation(start: Start, runtime
         b"{",
         b"{}",
         b"null",
-        encode({**simulated((0, 1)).to_message(), "protocol": 2}),
+        encode({**simulated((0, 1)).to_message(), "protocol": PROTOCOL + 1}),
         encode({**simulated((0, 1)).to_message(), "id": "../web"}),
         b"{}" + b" " * MESSAGE_MAX,
     ],
@@ -288,14 +288,21 @@ def test_keys_go_in_and_come_out_through_the_two_buffers(worker: WorkerProcess) 
     keys = bytes(range(0, 256, 2)) * 4
     with worker.meet() as front, _attached(front) as buffers:
         buffers[: len(keys)] = keys
-        asked = {"buffer": 0, "start": 100, "count": len(keys)}
-        assert front.ok(op="set", allow_enable=True, **asked) == {"repaired": 0, "enabled": True}
-        assert front.ok(op="set", allow_enable=False, **asked) == {"repaired": 0, "enabled": False}
+        asked = {"buffer": 0, "offset": 0, "start": 100, "count": len(keys)}
+        for allow_enable in (True, False):
+            done = front.ok(op="set", allow_enable=allow_enable, **asked)
+            assert done.pop("ns") > 0
+            assert done == {"repaired": 0, "enabled": allow_enable}
         # Two at once, the answers in the order of the requests.
-        front.say(op="get", buffer=1, start=100, count=512)
-        front.say(op="get", buffer=0, start=101, count=511)
-        assert [front.take(), front.take()] == [{"ok": {"uses_keys": True}}] * 2
-        assert buffers[SLICE_KEYS : SLICE_KEYS + 512] == keys
+        front.say(op="get", buffer=1, offset=0, start=100, count=512)
+        front.say(op="get", buffer=0, offset=0, start=101, count=511)
+        for _ in range(2):
+            took = front.take()
+            assert took is not None
+            answer = took["ok"]
+            assert (answer.keys(), answer["uses_keys"]) == ({"uses_keys", "ns"}, True)
+            assert answer["ns"] > 0
+        assert buffers[BUFFER_KEYS : BUFFER_KEYS + 512] == keys
         assert buffers[:511] == keys[1:]
         assert front.ok(op="status") == {"uses_keys": True}
 
@@ -305,26 +312,29 @@ def test_a_write_says_how_many_keys_the_kernel_had_lost(start: Start) -> None:
     worker.first_line()
     with worker.meet() as front, _attached(front) as buffers:
         buffers[: 4 * SEGMENT] = b"\x38" * 4 * SEGMENT
-        answer = front.ok(op="set", buffer=0, start=0, count=4 * SEGMENT, allow_enable=True)
+        answer = front.ok(op="set", buffer=0, offset=0, start=0, count=4 * SEGMENT, allow_enable=True)
+        assert answer.pop("ns") > 0
         assert answer == {"repaired": 4, "enabled": True}
-        front.ok(op="get", buffer=1, start=0, count=4 * SEGMENT)
-        assert buffers[SLICE_KEYS : SLICE_KEYS + 4 * SEGMENT] == b"\x38" * 4 * SEGMENT
+        front.ok(op="get", buffer=1, offset=0, start=0, count=4 * SEGMENT)
+        assert buffers[BUFFER_KEYS : BUFFER_KEYS + 4 * SEGMENT] == b"\x38" * 4 * SEGMENT
 
 
-def test_a_slice_is_as_large_as_a_buffer(start: Start) -> None:
+def test_a_slice_lies_anywhere_in_a_buffer_up_to_its_end(start: Start) -> None:
     worker = start(simulated((0, SLICE_KEYS // SEGMENT)))
     worker.first_line()
+    last = BUFFER_KEYS - SLICE_KEYS
     with worker.meet() as front, _attached(front) as buffers:
-        buffers[SLICE_KEYS:] = b"\x38" * SLICE_KEYS
-        front.ok(op="set", buffer=1, start=0, count=SLICE_KEYS, allow_enable=True)
-        front.ok(op="get", buffer=0, start=0, count=SLICE_KEYS)
-        assert buffers[:SLICE_KEYS] == b"\x38" * SLICE_KEYS
+        buffers[BUFFER_KEYS + last :] = b"\x38" * SLICE_KEYS
+        front.ok(op="set", buffer=1, offset=last, start=0, count=SLICE_KEYS, allow_enable=True)
+        front.ok(op="get", buffer=0, offset=0, start=0, count=SLICE_KEYS)
+        front.ok(op="get", buffer=0, offset=BUFFER_KEYS - 5, start=0, count=5)
+        assert buffers[:BUFFER_KEYS] == b"\x38" * SLICE_KEYS + bytes(last - 5) + b"\x38" * 5
 
 
 def test_a_reader_of_a_keyless_guest_finds_its_buffer_untouched(shared_worker: WorkerProcess) -> None:
     with shared_worker.meet() as front, _attached(front) as buffers:
         buffers[:4] = b"\xee" * 4
-        assert front.ok(op="get", buffer=0, start=0, count=4) == {"uses_keys": False}
+        assert not front.ok(op="get", buffer=0, offset=0, start=0, count=4)["uses_keys"]
         assert buffers[:4] == b"\xee" * 4
 
 
@@ -344,7 +354,7 @@ def test_a_write_that_is_refused_is_an_answer_and_enables_nothing(
 ) -> None:
     with shared_worker.meet() as front, _attached(front) as buffers:
         buffers[: len(keys)] = keys
-        assert front.refused(op="set", buffer=0, **asked) == reason
+        assert front.refused(op="set", buffer=0, offset=0, **asked) == reason
         assert front.ok(op="status") == {"uses_keys": False}
 
 
@@ -353,7 +363,7 @@ def test_a_read_of_frames_without_memory_is_refused_though_the_guest_is_keyless(
     shared_worker: WorkerProcess, start_: int, count: int
 ) -> None:
     with shared_worker.meet() as front, _attached(front):
-        assert front.refused(op="get", buffer=0, start=start_, count=count) == "GFN_NOT_MAPPED"
+        assert front.refused(op="get", buffer=0, offset=0, start=start_, count=count) == "GFN_NOT_MAPPED"
 
 
 # --- the buffers ---------------------------------------------------------------------------------------------------
@@ -400,8 +410,8 @@ def test_the_buffers_of_a_connection_are_given_back_when_it_ends(shared_worker: 
 # --- peers that break the protocol ---------------------------------------------------------------------------------
 
 NOT_ATTACHED: list[dict[str, object]] = [
-    {"op": "get", "buffer": 0, "start": 0, "count": 1},
-    {"op": "set", "buffer": 0, "start": 0, "count": 1, "allow_enable": True},
+    {"op": "get", "buffer": 0, "offset": 0, "start": 0, "count": 1},
+    {"op": "set", "buffer": 0, "offset": 0, "start": 0, "count": 1, "allow_enable": True},
 ]
 BAD_OPS: list[dict[str, object]] = [
     {},
@@ -419,6 +429,12 @@ BAD_SLICES: list[dict[str, object]] = [
     {"buffer": True},
     {"buffer": None},
     {"buffer": "0"},
+    {"offset": -1},
+    {"offset": BUFFER_KEYS},
+    {"offset": BUFFER_KEYS - 1, "count": 2},
+    {"offset": BUFFER_KEYS - SLICE_KEYS + 1, "count": SLICE_KEYS},
+    {"offset": None},
+    {"offset": True},
     {"start": -1},
     {"start": 1 << 64},
     {"start": 1.0},
@@ -446,7 +462,7 @@ def test_a_slice_out_of_bounds_ends_its_connection_and_no_other(shared_worker: W
     with shared_worker.meet() as other:
         for bad in BAD_SLICES:
             with shared_worker.meet() as front, _attached(front):
-                front.say(**{"op": op, "buffer": 0, "start": 0, "count": 1, "allow_enable": True, **bad})
+                front.say(**{"op": op, "buffer": 0, "offset": 0, "start": 0, "count": 1, "allow_enable": True, **bad})
                 assert front.is_hung_up_on(), bad
         assert other.ok(op="status") == {"uses_keys": False}
 
@@ -456,7 +472,7 @@ def test_a_write_that_does_not_say_whether_it_may_enable_sets_nothing(
     shared_worker: WorkerProcess, allow: object
 ) -> None:
     with shared_worker.meet() as front, _attached(front):
-        front.say(op="set", buffer=0, start=0, count=1, allow_enable=allow)
+        front.say(op="set", buffer=0, offset=0, start=0, count=1, allow_enable=allow)
         assert front.is_hung_up_on()
     with shared_worker.meet() as front:
         assert front.ok(op="status") == {"uses_keys": False}
@@ -501,7 +517,7 @@ def test_a_front_that_dies_in_the_middle_of_a_request_harms_nobody(worker: Worke
             if op in ("get", "set"):
                 os.close(front.attach())
             for _ in range(3 if op != "attach" else 1):
-                front.say(op=op, buffer=0, start=0, count=1, allow_enable=True)
+                front.say(op=op, buffer=0, offset=0, start=0, count=1, allow_enable=True)
     assert worker.serves()
 
 

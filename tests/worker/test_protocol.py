@@ -12,9 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from skeyd import limits
 from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange, MemorySlot
+from skeyd.kvm import abi
 from skeyd.worker import protocol
+from skeyd.worker.outcomes import DIRTY_RANGES, OUTCOMES, REQUEST_ID, STATES, Begun, LastWrite
 from skeyd.worker.protocol import (
     MAX_MEMORY,
     MAX_MEMORY_SLOTS,
@@ -47,16 +50,24 @@ HELLO = Hello(
     (MemorySlot(0, GfnRange(0, 256), "none"), MemorySlot(1, GfnRange(512, 256), "none")),
 )
 
+BEGUN = Begun("resumed", 512, 3, 0x89ABCDEF, True)
+LAST_WRITE = LastWrite("dirty", "mine", 512, 0x89ABCDEF, True, 600, (GfnRange(0, 1), GfnRange(8, 4)))
+
 READERS: dict[str, tuple[dict[str, Any], Callable[[Fields], object]]] = {
     "spec": (SPEC.to_message(), Spec.from_message),
     "hello": (HELLO.to_message(), Hello.from_message),
+    "begun": (BEGUN.to_message(), Begun.from_message),
+    "last_write": (LAST_WRITE.to_message(), LastWrite.from_message),
 }
+OF_A_VM = ("spec", "hello")
+LISTS = {"spec": "slots", "hello": "slots", "last_write": "dirty"}
 
 NO_OBJECT: list[Any] = [None, True, 0, 1.5, "{}", []]
 NO_LIST: list[Any] = [None, True, 0, 1.5, "[]", {}]
 NO_TEXT: list[Any] = [None, True, 0, 1.5, [], {}, ["a"]]
 # Python's JSON knows NaN and the infinities, and in Python true is a number.
 NO_INTEGER: list[Any] = [None, True, False, "1", 1.0, 1.5, [], {}, [1], float("nan"), float("inf"), 10**4000, -(10**99)]
+NO_FLAG: list[Any] = [None, 0, 1, 1.5, "true", [], {}]
 LONG = "x" * 1025
 BAD_ID = ["", "A", "1a", "-a", "a-", "a_b", "a b", "a.b", "a/b", "..", "ä", "a" * 64, "a\n", "\na", "a\0"]
 BAD_UID = ["", UID[:-1], UID + "0", UID.upper(), UID.replace("-", ""), UID + "\n", "{" + UID + "}"]
@@ -65,7 +76,7 @@ BAD_BACKING = ["", "ANONYMOUS", "hugetlb", "anonymous\n"]
 
 BAD: dict[str, dict[tuple[str | int, ...], list[Any]]] = {
     "spec": {
-        ("protocol",): [*NO_INTEGER, 0, 2, -1],
+        ("protocol",): [*NO_INTEGER, 0, 1, 3, -1],
         ("id",): [*NO_TEXT, *BAD_ID],
         ("uid",): [*NO_TEXT, *BAD_UID],
         ("kind",): [*NO_TEXT, *BAD_KIND],
@@ -78,11 +89,11 @@ BAD: dict[str, dict[tuple[str | int, ...], list[Any]]] = {
         ("slots", 1, "path"): [*NO_TEXT, LONG],
     },
     "hello": {
-        ("protocol",): [*NO_INTEGER, 0, 2, -1],
+        ("protocol",): [*NO_INTEGER, 0, 1, 3, -1],
         ("id",): [*NO_TEXT, *BAD_ID],
         ("uid",): [*NO_TEXT, *BAD_UID],
         ("incarnation",): [*NO_TEXT, "", "0" * 31, "0" * 33, "G" * 32, "A" * 32, "0" * 32 + "\n"],
-        ("keyop",): [0, 1, 1.5, "true", [], {}],
+        ("keyop",): [None, 0, 1, 1.5, "true", [], {}],
         ("kind",): [*NO_TEXT, *BAD_KIND],
         ("kernel",): [*NO_TEXT, LONG],
         ("version",): [*NO_TEXT, LONG],
@@ -93,6 +104,24 @@ BAD: dict[str, dict[tuple[str | int, ...], list[Any]]] = {
         ("slots", 1, "start"): [*NO_INTEGER, -1, 1 << 64],
         ("slots", 1, "count"): [*NO_INTEGER, -1, 0, (1 << 64) + 1],
         ("slots", 1, "backing"): [*NO_TEXT, *BAD_BACKING],
+    },
+    "begun": {
+        ("state",): [*NO_TEXT, "", "Begun", "kept", "applied\n"],
+        ("keys_set",): [*NO_INTEGER, -1, (1 << 64) + 1],
+        ("repaired",): [*NO_INTEGER, -1, (1 << 64) + 1],
+        ("crc32",): [*NO_INTEGER, -1, 1 << 32],
+        ("enabled",): NO_FLAG,
+    },
+    "last_write": {
+        ("outcome",): [*NO_TEXT, "", "DIRTY", "unchanged", "dirty\n"],
+        ("request_id",): [*NO_TEXT, "a b", "ä", "a" * 129, "a\n"],
+        ("keys_set",): [*NO_INTEGER, -1, (1 << 64) + 1],
+        ("crc32",): [*NO_INTEGER, -1, 1 << 32],
+        ("enabled",): NO_FLAG,
+        ("end",): [*NO_INTEGER, -1, (1 << 64) + 1],
+        ("dirty",): [*NO_LIST, *([one] for one in NO_OBJECT), [{"start": 0, "count": 1}] * (DIRTY_RANGES + 1), []],
+        ("dirty", 1, "start"): [*NO_INTEGER, -1, 1 << 64],
+        ("dirty", 1, "count"): [*NO_INTEGER, -1, 0, (1 << 64) + 1],
     },
 }
 
@@ -112,7 +141,7 @@ def _holder(message: dict[str, Any], place: tuple[str | int, ...]) -> Any:
     return holder
 
 
-every_field = pytest.mark.parametrize(("kind", "place"), [*_places("spec"), *_places("hello")])
+every_field = pytest.mark.parametrize(("kind", "place"), [one for kind in READERS for one in _places(kind)])
 
 
 # --- whole messages ------------------------------------------------------------------------------------------------
@@ -121,11 +150,15 @@ every_field = pytest.mark.parametrize(("kind", "place"), [*_places("spec"), *_pl
 def test_the_messages_that_the_tests_break_are_good_before() -> None:
     assert Spec.from_message(_over_the_wire(SPEC.to_message())) == SPEC
     assert Hello.from_message(_over_the_wire(HELLO.to_message())) == HELLO
+    assert Begun.from_message(_over_the_wire(BEGUN.to_message())) == BEGUN
+    assert LastWrite.from_message(_over_the_wire(LAST_WRITE.to_message())) == LAST_WRITE
 
 
 def test_every_field_of_every_message_is_broken_by_some_test() -> None:
     for kind, (message, _) in READERS.items():
-        fields = {(name,) for name in message} | {("slots", 1, name) for name in message["slots"][1]}
+        fields: set[tuple[str | int, ...]] = {(name,) for name in message}
+        if kind in LISTS:
+            fields |= {(LISTS[kind], 1, name) for name in message[LISTS[kind]][1]}
         assert fields == set(BAD[kind])
 
 
@@ -185,6 +218,54 @@ def test_a_hello_arrives_as_it_was_written(hello: Hello) -> None:
     assert Hello.from_message(decode(encode(hello.to_message()), "it")) == hello
 
 
+_counts = st.integers(0, 1 << 64)
+_crcs = st.integers(0, (1 << 32) - 1)
+
+
+@given(st.builds(Begun, st.sampled_from(STATES), _counts, _counts, _crcs, st.booleans()))
+@settings(max_examples=examples(60), deadline=None)
+def test_how_far_a_call_has_come_arrives_as_it_was_written(begun: Begun) -> None:
+    assert Begun.from_message(decode(encode(begun.to_message()), "it")) == begun
+
+
+@given(
+    st.sampled_from(OUTCOMES).flatmap(
+        lambda outcome: st.builds(
+            LastWrite,
+            st.just(outcome),
+            st.from_regex(REQUEST_ID, fullmatch=True),
+            _counts,
+            _crcs,
+            st.booleans(),
+            _counts,
+            st.lists(_frames, min_size=outcome == "dirty", max_size=5 if "dirty" in outcome else 0).map(tuple),
+        )
+    )
+)
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_what_became_of_a_call_arrives_as_it_was_written(last: LastWrite) -> None:
+    assert LastWrite.from_message(decode(encode(last.to_message()), "it")) == last
+
+
+def test_as_many_dirty_ranges_as_there_may_be_fit_a_packet() -> None:
+    dirty = tuple(GfnRange((1 << 64) - 1 - 2 * number, 1) for number in range(DIRTY_RANGES))
+    last = LastWrite("dirty", "~" * 128, 1 << 64, (1 << 32) - 1, True, 1 << 64, dirty)
+    answer = {"ok": {"uses_keys": True, "last_write": last.to_message()}}
+    assert LastWrite.from_message(take_answer(decode(encode(answer), "it")).object("last_write")) == last
+
+
+@pytest.mark.parametrize("outcome", ["applied", "rolled_back", "kept"])
+def test_only_what_is_dirty_has_dirty_frames(outcome: str) -> None:
+    with pytest.raises(ProtocolError, match=f"outcome {outcome} with 2 dirty ranges"):
+        LastWrite.from_message(_over_the_wire({**LAST_WRITE.to_message(), "outcome": outcome}))
+
+
+def test_dirty_frames_beyond_two_to_the_64_are_none() -> None:
+    wrong = {**LAST_WRITE.to_message(), "dirty": [{"start": (1 << 64) - 1, "count": 2}]}
+    with pytest.raises(ProtocolError):
+        LastWrite.from_message(_over_the_wire(wrong))
+
+
 @every_field
 def test_a_field_that_is_wrong_in_any_way_is_refused_by_name(kind: str, place: tuple[str | int, ...]) -> None:
     good, read = READERS[kind]
@@ -205,7 +286,8 @@ def _refusal(read: Callable[[Fields], object], message: dict[str, Any]) -> str |
 
 
 @pytest.mark.parametrize(
-    ("kind", "place"), [*_places("spec"), *(one for one in _places("hello") if one.values[1] != ("keyop",))]
+    ("kind", "place"),
+    [one for kind in READERS for one in _places(kind)],
 )
 def test_a_field_that_is_missing_is_refused_by_name(kind: str, place: tuple[str | int, ...]) -> None:
     good, read = READERS[kind]
@@ -215,19 +297,13 @@ def test_a_field_that_is_missing_is_refused_by_name(kind: str, place: tuple[str 
         read(_over_the_wire(message))
 
 
-def test_a_worker_from_before_there_was_keyop_doesnt_say_whether_it_has_it() -> None:
-    old = HELLO.to_message()
-    del old["keyop"]
-    assert Hello.from_message(_over_the_wire(old)).keyop is None
-
-
 @pytest.mark.parametrize("kind", READERS)
 def test_a_field_that_this_version_does_not_know_changes_nothing(kind: str) -> None:
     good, read = READERS[kind]
     assert read(_over_the_wire({**good, "new": [1, {"a": None}]})) == read(_over_the_wire(good))
 
 
-@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("kind", OF_A_VM)
 def test_a_vm_has_at_most_so_many_slots(kind: str) -> None:
     good, read = READERS[kind]
     message = {**good, "slots": [good["slots"][0]] * (MAX_MEMORY_SLOTS + 1)}
@@ -412,5 +488,8 @@ def test_the_largest_slot_is_the_kernels_number_of_frames_in_whole_mebibytes() -
     assert MAX_MEMORY % (1 << 20) == 0
 
 
-def test_the_buffers_are_slices_side_by_side() -> None:
-    assert protocol.BUFFER_BYTES == protocol.BUFFERS * protocol.SLICE_KEYS
+def test_the_buffers_lie_side_by_side_and_hold_whole_slices_and_the_largest_chunk() -> None:
+    assert protocol.BUFFER_BYTES == protocol.BUFFERS * protocol.BUFFER_KEYS
+    assert protocol.BUFFER_KEYS == limits.MAX_CHUNK_KEYS
+    assert protocol.BUFFER_KEYS % protocol.SLICE_KEYS == 0
+    assert protocol.SLICE_KEYS <= abi.KVM_S390_SKEYS_MAX

@@ -1,0 +1,45 @@
+"""SummarizeSkeys: keys counted without being moved."""
+
+from __future__ import annotations
+
+from skeyd.rpc import convert
+from skeyd.rpc.bulk import Call, hung_up_when_ended, parts_of, slice_seconds_of
+from skeyd.rpc.calls import note
+from skeyd.rpc.slots import CallSlots
+from skeyd.summary import Summarizer
+from skeyd.v1 import storage_key_service_pb2 as pb
+from skeyd.vms.reading import check_ranges
+from skeyd.vms.registry import Registry
+
+
+def summarize_skeys(
+    registry: Registry, streams: CallSlots, request: pb.SummarizeSkeysRequest, call: Call
+) -> pb.SummarizeSkeysResponse:
+    """Answer a SummarizeSkeys call, as the contract says."""
+    vm_id = convert.vm_id_of(request.vm)
+    note(vm=request.vm)
+    asked = convert.ranges_of(request.ranges)
+    slice_seconds = slice_seconds_of(request)
+    summarizer, gap_frames = Summarizer(), 0
+    with streams.taken(), registry.session(vm_id) as session, hung_up_when_ended(session, call):
+        ranges = check_ranges(session.memory_map, asked)
+        answer = pb.SummarizeSkeysResponse(uses_storage_keys=session.uses_keys(), incarnation=session.hello.incarnation)
+        if not answer.uses_storage_keys:
+            return answer
+        beginnings = {one.start for one in ranges}
+        for frames, keys in parts_of(session, ranges, slice_seconds, call):
+            if keys is None:
+                gap_frames += frames.count
+                continue
+            if frames.start in beginnings:
+                summarizer.end_run()
+            summarizer.add(frames, keys)
+    found = summarizer.summary()
+    answer.keys, answer.gap_frames, answer.runs = found.keys, gap_frames, found.runs
+    for key, count in found.counts.items():
+        answer.counts.add(key=key, count=count)
+    if found.longest_run is not None:
+        longest = found.longest_run.frames
+        answer.longest_run.start_gfn, answer.longest_run.count = longest.start, longest.count
+        answer.longest_run.key = found.longest_run.key
+    return answer

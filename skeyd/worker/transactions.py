@@ -1,0 +1,320 @@
+"""SetSkeys calls as the worker knows them: old keys kept until Commit, set again where there is none.
+
+The front that a call came through may die at any moment, and with it all that it knew: so what was set, what it was
+before, and what became of it is the worker's to know. A call belongs to a connection, and ends with it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final
+
+from skeyd.errors import Reason, SkeydError
+from skeyd.gfn import GfnRange
+from skeyd.storage_key import lost_runs
+from skeyd.worker.journal import Journal, JournalDamagedError
+from skeyd.worker.keys import Keys, Written
+from skeyd.worker.outcomes import DIRTY_RANGES, Begun, LastWrite
+
+REMEMBERED: Final = 64
+"""Applied calls whose request_id is remembered."""
+
+REFUSALS: Final = 2048
+"""How often the kernel may refuse the old keys of a slice before that is no longer looked at frame by frame."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a SetSkeys is to the worker."""
+
+    request_id: str
+    """Empty: it has none, and can be neither repeated nor resumed."""
+    fingerprint: str
+    """Of the request: a request_id stands for one of them."""
+    keep: bool
+    """What was set stays when the call is cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """How far a call has come."""
+
+    keys_set: int = 0
+    repaired: int = 0
+    crc32: int = 0
+    """Of all keys set, in order."""
+    enabled: bool = False
+    end: int = 0
+    """The frame after the last one that was set."""
+
+    def plus(self, frames: GfnRange, keys: bytes, written: Written) -> Done:
+        """Count a slice that was set and verified."""
+        return Done(
+            self.keys_set + frames.count,
+            self.repaired + written.repaired,
+            zlib.crc32(keys, self.crc32),
+            self.enabled or written.enabled,
+            frames.end,
+        )
+
+
+class _Open:
+    def __init__(self, owner: object, call: Call, journal: Journal | None, done: Done, resumed: bool) -> None:
+        self.owner: object | None = owner
+        """None: nobody's any more, it is being rolled back."""
+        self.begun_by = owner
+        self.call = call
+        self.journal = journal
+        """None: nothing is to be undone."""
+        self.done = done
+        self.asked = resumed
+        """The kernel was asked to set something, in this call or in the one that it goes on with."""
+        self.dirty: list[GfnRange] = []
+
+
+class Transactions:
+    """The SetSkeys calls on one VM: one at a time, or one that is being rolled back.
+
+    Synchronization: none; one thread owns it, and the Keys of the same VM.
+    """
+
+    def __init__(self, keys: Keys, open_file: Callable[[], int]) -> None:
+        self._keys = keys
+        self._open_file = open_file
+        self._open: _Open | None = None
+        self._kept: tuple[Call, Done] | None = None
+        self._applied: OrderedDict[str, tuple[str, Done]] = OrderedDict()
+        self.last_write: LastWrite | None = None
+        """What became of the last call that set a key and has ended."""
+        self._last_owner: object | None = None
+        """Whose that was, unless he has begun another."""
+
+    @property
+    def rolling_back(self) -> bool:
+        """Whether `step` has something to do."""
+        return self._open is not None and self._open.owner is None
+
+    def require_idle(self) -> None:
+        """VM_BUSY where a call runs, or is being rolled back: nobody else may set a key then."""
+        if self._open is not None:
+            what = "is being rolled back" if self.rolling_back else "runs"
+            raise SkeydError(Reason.VM_BUSY, f"a SetSkeys {what} on this VM")
+
+    def owned_by(self, owner: object) -> bool:
+        """Whether the call that runs is this owner's."""
+        return self._open is not None and self._open.owner is owner
+
+    def forget_kept(self) -> None:
+        """Note that somebody else sets keys: from now on nobody can go on as if they were all his own."""
+        self._kept = None
+
+    def begin(self, owner: object, call: Call, resume: bool) -> Begun:
+        """Begin a call, go on with one that was kept, or tell what one that was applied came to.
+
+        SkeydError VM_BUSY, REQUEST_ID_REUSED, NOTHING_TO_RESUME.
+        """
+        if self._last_owner is owner:
+            self._last_owner = None
+        applied = self._applied.get(call.request_id) if call.request_id else None
+        if applied is not None:
+            fingerprint, done = applied
+            self._require_same(call, fingerprint)
+            return _begun("applied", done)
+        self.require_idle()
+        done = Done()
+        if resume:
+            if self._kept is None or not call.request_id or self._kept[0].request_id != call.request_id:
+                raise SkeydError(
+                    Reason.NOTHING_TO_RESUME,
+                    f"no SetSkeys of request_id {call.request_id!r} was cut and kept, or another has set keys since",
+                )
+            self._require_same(call, self._kept[0].fingerprint)
+            done = self._kept[1]
+        self._open = _Open(owner, call, None if call.keep else Journal(self._open_file), done, resume)
+        return _begun("resumed" if resume else "begun", done)
+
+    def set(self, owner: object, frames: GfnRange, keys: bytes, allow_enable: bool) -> Written:
+        """Set a slice of the owner's call, verified; before that, keep its old keys. As Keys.write, HOST_EXHAUSTED."""
+        current = self._mine(owner)
+        # Nothing that is refused before the kernel is asked may leave old keys to set again.
+        self._keys.check(frames, keys)
+        if current.journal is None:
+            uses_keys = self._keys.uses_keys()
+            self._keys.require_enabled(uses_keys, allow_enable)
+        else:
+            old = bytearray(frames.count)
+            uses_keys = self._keys.read(frames, memoryview(old))
+            self._keys.require_enabled(uses_keys, allow_enable)
+            # Of a guest that used no keys they are zero: the keys that it has once it uses some.
+            current.journal.push(frames, old)
+        current.asked = True
+        self._kept = None
+        try:
+            written = self._keys.write_checked(frames, keys, uses_keys)
+        except SkeydError as error:
+            if error.metadata.get("enabled") == "true":
+                current.done = replace(current.done, enabled=True)
+            raise
+        current.done = current.done.plus(frames, keys, written)
+        return written
+
+    def commit(self, owner: object) -> Done:
+        """End the owner's call: what it set stays, and the old keys are forgotten."""
+        current = self._mine(owner)
+        if current.journal is not None:
+            current.journal.close()
+        self._open = None
+        self._kept = None
+        request_id = current.call.request_id
+        if request_id:
+            self._applied[request_id] = (current.call.fingerprint, current.done)
+            while len(self._applied) > REMEMBERED:
+                self._applied.popitem(last=False)
+        self._note("applied", current)
+        return current.done
+
+    def abandon(self, owner: object) -> None:
+        """Take note that the owner's call ends without Commit, if it has one; `step` then does what is to be done."""
+        current = self._open
+        if current is None or current.owner is not owner:
+            return
+        current.owner = None
+        if current.journal is None or not current.asked:
+            self._settle()
+
+    def step(self) -> None:
+        """Set the old keys of one slice again, and verify them.
+
+        Whatever goes wrong is part of the outcome; what nobody foresaw is raised too, once that is settled.
+        """
+        current = self._open
+        if current is None or current.owner is not None:
+            return
+        journal = current.journal
+        assert journal is not None  # noqa: S101  else it was settled at once
+        popped = None
+        try:
+            popped = journal.pop()
+            if popped is None:
+                self._settle()
+            else:
+                current.dirty += self._restore(*popped)
+        except JournalDamagedError:
+            current.dirty += journal.rest()
+            self._settle()
+        except Exception:
+            current.dirty += [*journal.rest(), *([popped[0]] if popped else [])]
+            self._settle()
+            raise
+
+    def outcome(self) -> LastWrite | None:
+        """Say what became, or is becoming, of the last call that set a key."""
+        if self.rolling_back:
+            assert self._open is not None  # noqa: S101  it rolls back
+            return self._described("rolling_back", self._open)
+        return self.last_write
+
+    def outcome_for(self, owner: object) -> LastWrite | None:
+        """Say what became, or is becoming, of the owner's last call; None: it set nothing."""
+        if self._open is not None and self._open.begun_by is owner:
+            return self.outcome() if self.rolling_back else None
+        return self.last_write if self._last_owner is owner else None
+
+    def _mine(self, owner: object) -> _Open:
+        if self._open is None or self._open.owner is not owner:
+            raise SkeydError(Reason.WORKER_FAILED, "this connection has no SetSkeys to go on with")
+        return self._open
+
+    def _require_same(self, call: Call, fingerprint: str) -> None:
+        if call.fingerprint != fingerprint:
+            raise SkeydError(
+                Reason.REQUEST_ID_REUSED, f"request_id {call.request_id!r} was that of another request on this VM"
+            )
+
+    def _restore(self, frames: GfnRange, keys: bytes) -> list[GfnRange]:
+        # The frames that the old keys could not be set for. One frame can keep all others of its slice from their keys,
+        # so a slice that is refused is halved until each frame that can have its key has it.
+        dirty: list[GfnRange] = []
+        left = [(frames, keys)]
+        refusals = 0
+        while left:
+            frames, keys = left.pop()
+            try:
+                if not self._keys.uses_keys():
+                    return []  # then not one was set
+                self._keys.write_checked(frames, keys, uses_keys=True)
+                continue
+            except SkeydError as error:
+                refusals += 1
+                if frames.count > 1 and error.reason is not Reason.VM_DEAD and refusals <= REFUSALS:
+                    half = frames.count // 2
+                    left.append((GfnRange(frames.start + half, frames.count - half), keys[half:]))
+                    left.append((GfnRange(frames.start, half), keys[:half]))
+                    continue
+            dirty += self._differing(frames, keys)
+        return dirty
+
+    def _differing(self, frames: GfnRange, keys: bytes) -> list[GfnRange]:
+        found = bytearray(frames.count)
+        try:
+            if not self._keys.read(frames, memoryview(found)):
+                return [frames]
+        except SkeydError:
+            return [frames]
+        # Both ways: the kernel took nothing, so an R or C too many may be that of a new key.
+        unequal = lost_runs(keys, found) + lost_runs(found, keys)
+        return [GfnRange(frames.start + index, length) for index, length in unequal]
+
+    def _settle(self) -> None:
+        # The end of a call without Commit, once all that can be done is done.
+        current = self._open
+        assert current is not None  # noqa: S101  called for one
+        if current.journal is not None:
+            current.journal.close()
+        self._open = None
+        if not current.asked:
+            return
+        if current.journal is None:
+            if current.call.request_id:
+                self._kept = (current.call, current.done)
+            self._note("kept", current)
+        else:
+            self._note("dirty" if current.dirty else "rolled_back", current)
+
+    def _note(self, outcome: str, current: _Open) -> None:
+        if current.asked:
+            self.last_write = self._described(outcome, current)
+            self._last_owner = current.begun_by
+
+    def _described(self, outcome: str, current: _Open) -> LastWrite:
+        return LastWrite(
+            outcome,
+            current.call.request_id,
+            current.done.keys_set,
+            current.done.crc32,
+            current.done.enabled,
+            current.done.end,
+            tuple(_joined(current.dirty)),
+        )
+
+
+def _begun(state: str, done: Done) -> Begun:
+    return Begun(state, done.keys_set, done.repaired, done.crc32, done.enabled)
+
+
+def _joined(ranges: list[GfnRange]) -> list[GfnRange]:
+    # Ascending, those that touch or overlap joined, and DIRTY_RANGES at most: the last reaches to the end of all.
+    joined: list[GfnRange] = []
+    for one in sorted(ranges):
+        if joined and one.start <= joined[-1].end:
+            last = joined[-1]
+            joined[-1] = GfnRange(last.start, max(last.end, one.end) - last.start)
+        else:
+            joined.append(one)
+    if len(joined) > DIRTY_RANGES:
+        first = joined[DIRTY_RANGES - 1].start
+        joined[DIRTY_RANGES - 1 :] = [GfnRange(first, joined[-1].end - first)]
+    return joined
