@@ -17,7 +17,7 @@ PROTO_TOOLS := grpcio-tools==1.62.3 mypy-protobuf==3.6.0 "setuptools<81"
 
 .PHONY: help
 help: ## Say what there is
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
 
 $(READY): pyproject.toml tools/dev_requirements.py
 	$(PYTHON) -m venv $(VENV)
@@ -55,11 +55,36 @@ test-big-endian: $(READY) ## All unit tests on all three emulated hosts, where `
 	$(BIN)/python -m tests.emulated.prepare bookworm trixie forky
 	SKEYD_EMULATED_SUITES="bookworm trixie forky" SKEYD_ALL_UNIT_TESTS=1 $(BIN)/pytest tests/emulated/test_unit_suite.py
 
+.PHONY: soak
+soak: $(READY) ## 10,000 random kills of front, worker and client in the middle of calls; `make test` has 500
+	SKEYD_KILLS=10000 $(BIN)/pytest tests/faults/test_random_kills.py
+
 .PHONY: benchmark
 benchmark: $(READY) ## What GETs and verified SETs cost, as ratios to the raw ioctls, on a real s390x kernel in the emulated host
 	$(BIN)/python -m tests.emulated.prepare
 	$(BIN)/python -m benchmarks.repair $(or $(SKEYD_EMULATED_SUITES),bookworm forky)
 	$(BIN)/python -m benchmarks.end_to_end $(or $(SKEYD_EMULATED_SUITES),bookworm forky)
+
+# Against a C++ gRPC server, which they build from Debian's packages; root installs those that are missing.
+.PHONY: benchmark-streams
+benchmark-streams: $(READY) ## Whole streams against a C++ gRPC server and a bare copy, and from a slow source
+	$(BIN)/python -m benchmarks.streams $(BENCHMARK)
+
+.PHONY: benchmark-encodings
+benchmark-encodings: $(READY) ## Guests' keys in each encoding, on loopback and over 1 Gbit/s (needs root)
+	$(BIN)/python -m benchmarks.encodings $(BENCHMARK)
+
+.PHONY: benchmark-latency
+benchmark-latency: $(READY) ## Single calls and pings, idle and beside streams and 10,000 connections
+	$(BIN)/python -m benchmarks.latency $(BENCHMARK)
+
+.PHONY: benchmark-memory
+benchmark-memory: $(READY) ## Memory of front, worker and client while keys pass
+	$(BIN)/python -m benchmarks.memory $(BENCHMARK)
+
+.PHONY: benchmark-page
+benchmark-page: $(READY) ## Put the figures in benchmarks/figures into docs/benchmarks.md
+	$(BIN)/python -m benchmarks.page
 
 .PHONY: lint
 lint: $(READY) ## Style, types, the direction of imports, the contract, generated pages
@@ -103,4 +128,4 @@ emulated-host: $(READY) ## Build the emulated s390x hosts that aren't cached (ne
 
 .PHONY: clean
 clean: ## Remove what the targets made here (not the cache of emulated hosts)
-	rm -rf $(VENV) $(PROTO_VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(PROTO_VENV) build *.egg-info benchmarks/peer/build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
