@@ -43,7 +43,8 @@ def _is_whole(mirror: str, name: str, codename: str, architecture: str) -> bool 
     try:
         with urllib.request.urlopen(f"{mirror}dists/{name}/InRelease", timeout=SECONDS) as answer:  # noqa: S310  apt's
             release = answer.read().decode(errors="replace")
-    except urllib.error.HTTPError:
+    except urllib.error.HTTPError as error:
+        error.close()
         return None
     size = re.search(rf"^ [0-9a-f]{{64}} +(\d+) {re.escape(index)}$", release, re.MULTILINE)
     if size is None or not re.search(rf"^Codename: {re.escape(codename)}$", release, re.MULTILINE):
@@ -52,5 +53,6 @@ def _is_whole(mirror: str, name: str, codename: str, architecture: str) -> bool 
     try:
         with urllib.request.urlopen(request, timeout=SECONDS) as answer:  # noqa: S310  likewise
             return int(answer.headers.get("Content-Length", -1)) == int(size[1])
-    except urllib.error.HTTPError:
+    except urllib.error.HTTPError as error:
+        error.close()
         return False
