@@ -1,0 +1,133 @@
+"""What keeps keys safe, each switched off by a change of the product's text, and the test that must notice.
+
+tests/faults/test_safeties.py does so in a copy. `old` is found exactly once in its file; where it isn't any more, the
+safety has moved, and so must its row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True)
+class Safety:
+    """One safety switched off."""
+
+    what: str
+    file: str
+    """Below skeyd/."""
+    old: str
+    new: str
+    caught_by: str
+    """A test, below tests/."""
+
+
+SAFETIES: Final = (
+    Safety(
+        "old keys are kept",
+        "worker/transactions.py",
+        "            current.journal.push(frames, old)\n",
+        "",
+        "worker/test_transactions.py::test_a_call_that_is_abandoned_leaves_every_key_as_it_was_r_and_c_too",
+    ),
+    Safety(
+        "old keys in the journal have a checksum",
+        "worker/journal.py",
+        "if zlib.crc32(packed) != crc32:",
+        "if False:",
+        "worker/test_journal.py::test_a_damaged_file_gives_no_keys_and_says_which_are_lost",
+    ),
+    Safety(
+        "what was set is read back",
+        "worker/keys.py",
+        """        self._read_back(frames, found)
+        lost = lost_runs(wanted, found)
+        repaired""",
+        """        lost: list[tuple[int, int]] = []
+        found[:] = wanted
+        repaired""",
+        "worker/test_keys.py::test_only_what_was_lost_is_set_again",
+    ),
+    Safety(
+        "old keys that are set again are verified",
+        "worker/transactions.py",
+        "                self._keys.write_checked(frames, keys, uses_keys=True)\n",
+        "                self._keys._set(frames, memoryview(bytearray(keys)))\n",
+        "faults/test_worker.py::test_a_key_that_the_kernel_loses_is_set_again",
+    ),
+    Safety(
+        "one call at a time sets keys, and none while another is rolled back",
+        "worker/transactions.py",
+        """        if self._open is not None:
+            what =""",
+        """        if self._open is None:
+            what =""",
+        "worker/test_transactions.py::test_while_a_call_runs_or_is_rolled_back_nobody_else_may_set_a_key",
+    ),
+    Safety(
+        "a chunk's keys fit its checksum",
+        "vms/writing.py",
+        "        if zlib.crc32(keys) != crc32:\n",
+        "        if False:\n",
+        "vms/test_writing.py::test_a_chunk_that_is_wrong_is_refused_before_any_of_it_is_written",
+    ),
+    Safety(
+        "a key has no reserved bit when the kernel is asked",
+        "worker/keys.py",
+        "        if bad is not None:\n",
+        "        if False:\n",
+        "worker/test_keys.py::test_a_key_with_the_reserved_bit_never_reaches_the_kernel",
+    ),
+    Safety(
+        "a stream goes on with the VM that it began with, and with no other",
+        "rpc/get_skeys.py",
+        "if asked.resume is not None and asked.resume.incarnation != hello.incarnation:",
+        "if False:",
+        "rpc/test_resume.py::test_a_vm_that_was_made_again_is_not_taken_for_the_one_before",
+    ),
+    Safety(
+        "an ioctl has no more keys than a slice",
+        "worker/service.py",
+        "min(SLICE_KEYS, BUFFER_KEYS - offset)",
+        "BUFFER_KEYS - offset",
+        "worker/test_process.py",
+    ),
+    Safety(
+        "a slice takes no longer than it may",
+        "vms/pacing.py",
+        "most = min(fitting, GROWTH * self.keys, SLICE_KEYS)",
+        "most = min(GROWTH * self.keys, SLICE_KEYS)",
+        "vms/test_pacing.py::test_slices_take_as_long_as_they_may_and_no_longer",
+    ),
+    Safety(
+        "keys that result have the digest that was asked for",
+        "vms/writing.py",
+        "        if found != resulting.sha256:\n",
+        "        if False:\n",
+        "rpc/test_set_digests.py::test_keys_that_are_not_those_that_were_to_result_are_rolled_back",
+    ),
+    Safety(
+        "a request_id stands for one request",
+        "worker/transactions.py",
+        "        if call.fingerprint != fingerprint:\n",
+        "        if False:\n",
+        "worker/test_transactions.py::test_a_request_id_stands_for_one_request",
+    ),
+    Safety(
+        "an answer that came too late is taken for no other",
+        "vms/session.py",
+        """        if self._is_lost:
+            raise""",
+        """        if False:
+            raise""",
+        "faults/test_worker.py::test_an_answer_that_comes_late_is_not_taken_for_that_to_another_question",
+    ),
+    Safety(
+        "nothing is done any more for a front that has hung up",
+        "worker/service.py",
+        "        if connection.channel.is_ended():\n",
+        "        if False:\n",
+        "worker/test_service.py::test_what_a_front_has_asked_for_that_has_hung_up_is_not_done",
+    ),
+)
