@@ -40,6 +40,8 @@ from benchmarks.harness import (
 from benchmarks.mixes import MIXES, mean_run, write
 
 OFFERS: Final = {"raw": "", "runs": "runs", "zstd": "zstd", "both": "runs,zstd"}
+HELD: Final = "both"
+"""The offer that is held against the figures, chosen beforehand: the best of several noisy medians flatters."""
 LINK_MIXES: Final = ("linux-like", "zos-like")
 RATE: Final = "1gbit"
 # 198.18.0.0/15 is set aside for benchmarks of network devices (RFC 2544).
@@ -102,8 +104,7 @@ def on_loopback(options: argparse.Namespace, processes: Processes, report: Repor
         report.results[mix] = {"mean_run": round(mean_run(keys), 2), "summary": summary, "samples": found}
         _lines(report, "loopback", mix, summary)
         if mix == "one":
-            best = max(summary[name]["of_cpp"]["median"] for name in ("runs", "both"))
-            report.at_least("one key throughout, of C++ raw", 2.0, best)
+            report.at_least(f"one key throughout ({HELD}), of C++ raw", 2.0, summary[HELD]["of_cpp"]["median"])
         if mix == "random":
             raw = values(found["raw"])
             for name in ("runs", "zstd", "both"):
@@ -197,10 +198,9 @@ def over_link(options: argparse.Namespace, processes: Processes, report: Report)
         report.results[f"{mix}, {RATE}"] = {"summary": summary, "samples": found}
         _lines(report, RATE, mix, summary)
         if mix == "linux-like":
-            best = max(("runs", "zstd", "both"), key=lambda name: float(summary[name]["of_cpp"]["median"]))
-            fewer = summary[best]["bytes_a_key"] / summary["c++"]["bytes_a_key"]
-            report.at_least(f"{mix} over {RATE} ({best}), of C++ raw", 4.0, summary[best]["of_cpp"]["median"])
-            report.at_most(f"{mix} over {RATE} ({best}), bytes of C++ raw", 0.1, round(fewer, 4))
+            fewer = summary[HELD]["bytes_a_key"] / summary["c++"]["bytes_a_key"]
+            report.at_least(f"{mix} over {RATE} ({HELD}), of C++ raw", 4.0, summary[HELD]["of_cpp"]["median"])
+            report.at_most(f"{mix} over {RATE} ({HELD}), bytes of C++ raw", 0.1, round(fewer, 4))
 
 
 def main(options: argparse.Namespace, processes: Processes, report: Report) -> None:
