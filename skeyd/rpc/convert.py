@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from google.protobuf.duration_pb2 import Duration
@@ -130,15 +130,15 @@ def _slot_spec(number: int, slot: vm_service_pb2.MemorySlotSpec, memory_dir: Pat
     return SlotSpec(slot.guest_phys_addr, slot.memory_size, backing, path)
 
 
-def ranges_of(messages: Iterable[vm_pb2.GfnRange]) -> Ranges:
+def ranges_of(messages: Collection[vm_pb2.GfnRange]) -> Ranges:
     """Check the ranges of a request. RANGE_EMPTY, RANGE_OVERFLOW, RANGES_NOT_ASCENDING, REQUEST_INVALID."""
-    ranges = [GfnRange(one.start_gfn, one.count) for one in messages]
-    if len(ranges) > limits.MAX_RANGES:
+    # Counted first: a message of 4 MiB holds a million, and an object for each would take a hundred.
+    if len(messages) > limits.MAX_RANGES:
         raise SkeydError(
             Reason.REQUEST_INVALID,
-            f"{len(ranges)} ranges are more than {limits.MAX_RANGES}; ask in several calls",
+            f"{len(messages)} ranges are more than {limits.MAX_RANGES}; ask in several calls",
         )
-    return Ranges(ranges)
+    return Ranges(GfnRange(one.start_gfn, one.count) for one in messages)
 
 
 def chunk_keys_of(max_chunk_keys: int) -> int:

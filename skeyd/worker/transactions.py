@@ -243,7 +243,8 @@ class Transactions:
         while left:
             frames, keys = left.pop()
             try:
-                if not self._keys.uses_keys():
+                # Of these frames: another may have lost what the kernel needs to answer.
+                if not self._keys.read(frames, memoryview(bytearray(frames.count))):
                     return []  # then not one was set
                 self._keys.write_checked(frames, keys, uses_keys=True)
                 continue

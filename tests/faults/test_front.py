@@ -76,7 +76,7 @@ def test_a_front_that_stands_still_for_a_while(world: World, fault: Fault) -> No
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_front_that_stands_still_until_its_client_has_given_up(world: World, point: str, keep: bool) -> None:
     guest = world.guest("7.0")
-    plan = world.plan(guest, keep=keep, seconds=1.0)
+    plan = world.plan(guest, keep=keep, seconds=3.0)
     fault = Fault("front", point, "stop")
     with world.judged(guest, plan, fault) as case:
         case.told = world.set_skeys(plan)

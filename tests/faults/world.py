@@ -453,6 +453,10 @@ class Case:
         try:
             now = world.read(guest)
         except WorkerGone:
+            # A process that was killed hangs up before it lets go of its lock: it is dead once it has.
+            until = time.monotonic() + SETTLED_SECONDS
+            while (vm.state != vm_pb2.VM_STATE_DEAD or look_at(guest.worker_pid)) and time.monotonic() < until:
+                vm = world.look(guest)
             self._judge_dead(vm)
             self._judge_others()
             return

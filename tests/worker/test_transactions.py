@@ -273,6 +273,19 @@ def test_frames_that_can_neither_be_set_nor_read_are_dirty() -> None:
     assert guest.read()[:10] + guest.read()[11:] == OLD[:10] + OLD[11:]
 
 
+def test_a_first_frame_that_cant_be_read_keeps_no_other_from_its_old_key() -> None:
+    backend = Stubborn()
+    guest = Guest(backend)
+    guest.begin()
+    guest.set(300, b"\x90" * 300)
+    backend.bad, backend.blind = {0}, {0}
+    last = guest.settle()
+    assert last is not None
+    assert (last.outcome, last.dirty) == ("rolled_back", ())
+    backend.blind = set()
+    assert guest.read() == OLD
+
+
 def test_where_the_kernel_refuses_everything_it_is_not_asked_for_each_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transactions, "REFUSALS", 20)
     backend = Stubborn("7.2")
