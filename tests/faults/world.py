@@ -378,7 +378,11 @@ class World:
     def held_at_rest(self, guest: Guest) -> Held:
         """Look when nobody talks with the worker: each learns that the other has hung up when it comes to it."""
         until = time.monotonic() + SETTLED_SECONDS
-        while (held := self.held(guest)).worker["packets"] > 1 or held.front["packets"]:
+        while True:
+            held = self.held(guest)
+            # A worker's own packets are those of its listener.
+            if held.worker["packets"] <= 1 and not (held.front["packets"] or held.worker["memory"]):
+                break
             assert time.monotonic() < until, f"they go on talking: {held}"
         return held
 
