@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import sys
-import traceback
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, Final
@@ -31,6 +30,7 @@ from skeyd.worker.protocol import (
 )
 from skeyd.worker.service import Service
 from skeyd.worker.simulated import SimulatedVm
+from skeyd.worker.traceback_log import log_traceback
 
 _BACKLOG: Final = 64
 
@@ -52,7 +52,7 @@ def serve_vm(directory_fd: int) -> int:
             if short is not None:
                 _say(error_message(short))
                 return 1
-            traceback.print_exc()
+            log_traceback()
             _say(error_message(SkeydError(Reason.WORKER_FAILED, f"the worker failed to start: {error!r}")))
             return 1
         _say({"ok": {}})

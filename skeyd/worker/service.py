@@ -6,7 +6,6 @@ import mmap
 import os
 import selectors
 import socket
-import traceback
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -30,6 +29,7 @@ from skeyd.worker.protocol import (
     ProtocolError,
     error_message,
 )
+from skeyd.worker.traceback_log import log_traceback
 from skeyd.worker.transactions import Call, Transactions
 
 MAX_CONNECTIONS: Final = 128
@@ -126,7 +126,7 @@ class Service:
             self._drop(connection)
         except Exception as error:
             # The VM dies with this process, so no mistake in one answer may end it.
-            traceback.print_exc()
+            log_traceback()
             failed = SkeydError(Reason.WORKER_FAILED, f"the worker failed: {type(error).__name__}")
             self._send(connection, error_message(failed))
         else:
@@ -189,7 +189,7 @@ class Service:
         try:
             self._transactions.step()
         except Exception:
-            traceback.print_exc()  # the outcome says what it came to; the VM lives on
+            log_traceback()  # the outcome says what it came to; the VM lives on
 
     def _keyop(self, request: Fields) -> dict[str, Any]:
         gfn = request.integer("gfn", 0, GFN_LIMIT - 1)

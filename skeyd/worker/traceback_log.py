@@ -1,0 +1,15 @@
+"""What nobody foresaw, written to the worker's log."""
+
+from __future__ import annotations
+
+import traceback
+from contextlib import suppress
+
+
+def log_traceback() -> None:
+    """Write the exception that is being handled to standard error, if that takes it.
+
+    The log may lie on a disk that is full, and no VM ends for want of a log.
+    """
+    with suppress(OSError):
+        traceback.print_exc()
