@@ -104,6 +104,7 @@ class Told:
     """As the status' metadata has it; APPLIED or VALIDATED for a result; "" where nobody told."""
     code: str = ""
     reason: str = ""
+    message: str = ""
     metadata: dict[str, str] = field(default_factory=dict)
     answers: tuple[str, ...] = ()
     enabled: bool = False
@@ -217,7 +218,7 @@ def _refused(error: grpc.RpcError) -> Told:
     trailers: dict[str, Any] = dict(error.trailing_metadata() or ())  # type: ignore[arg-type]  # pairs
     details = trailers.get("grpc-status-details-bin")
     if details is None:
-        return Told("", error.code().name, str(error.details()))
+        return Told("", error.code().name, message=str(error.details()))
     status = standard.message("google.rpc.Status").FromString(details)
     info = standard.message("google.rpc.ErrorInfo")()
     assert status.details[0].Unpack(info)
@@ -226,6 +227,7 @@ def _refused(error: grpc.RpcError) -> Told:
         metadata.get("outcome", ""),
         error.code().name,
         info.reason,
+        str(error.details()),
         metadata,
         enabled=metadata.get("enabled") == "true",
         keys_set=int(metadata.get("keys_set", "0")),

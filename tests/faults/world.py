@@ -137,13 +137,22 @@ class World:
     Synchronization: one thread.
     """
 
-    def __init__(self, kind: str = "simulated") -> None:
+    def __init__(self, kind: str = "simulated", disk_bytes: int = 0) -> None:
+        """`kind` is that of its VMs. `disk_bytes`: its processes see a file system of that size in its place."""
         self.kind = kind
-        self.directory = Path(tempfile.mkdtemp(prefix="skeyd-"))
-        self.log = self.directory / "front.log"
+        self.inside = self.directory = Path(tempfile.mkdtemp(prefix="skeyd-"))
+        """Where its processes find the runtime directory; and where this process does."""
         self._resources = ExitStack()
-        self._resources.callback(shutil.rmtree, self.directory)
-        self._nursery = self._resources.enter_context(nursery())
+        self._resources.callback(shutil.rmtree, self.inside)
+        log = tempfile.NamedTemporaryFile(prefix="skeyd-", suffix=".log")  # noqa: SIM115  the stack's
+        self._log = self._resources.enter_context(log)
+        try:
+            pid, self._nursery = self._resources.enter_context(nursery(self.inside, disk_bytes))
+        except BaseException:
+            self._resources.close()
+            raise
+        if disk_bytes:
+            self.directory = Path(f"/proc/{pid}/root{self.inside}")
         self._front: Front | None = None
         self._guests: dict[str, Guest] = {}
         try:
@@ -169,11 +178,11 @@ class World:
             ready, theirs = os.pipe()
             with os.fdopen(ready, "rb") as said:
                 try:
-                    pid = self._bear({"role": "front", "runtime_dir": str(self.directory)}, theirs)
+                    pid = self._bear({"role": "front", "runtime_dir": str(self.inside)}, theirs)
                 finally:
                     os.close(theirs)
                 tcp = said.read().decode()
-            assert tcp, f"the front ended: {self.log.read_text()}"
+            assert tcp, f"the front ended: {Path(self._log.name).read_text()}"
             self._front = Front(pid, tcp, self.target)
         return self._front
 
@@ -187,8 +196,8 @@ class World:
         ready, theirs = os.pipe()
         order = {
             "role": "client",
-            "runtime_dir": str(self.directory),
-            "target": self.target,
+            "runtime_dir": str(self.inside),
+            "target": f"unix:{self.inside}/skeyd.sock",
             "plan": json.dumps({**vars(plan), "keys": plan.keys.hex()}),
         }
         try:
@@ -197,8 +206,7 @@ class World:
             os.close(theirs)
 
     def _bear(self, order: dict[str, str], out: int) -> int:
-        with self.log.open("ab") as log:
-            socket.send_fds(self._nursery, [json.dumps(order).encode()], [log.fileno(), out])
+        socket.send_fds(self._nursery, [json.dumps(order).encode()], [self._log.fileno(), out])
         return int(self._nursery.recv(100))
 
     def close(self) -> None:
@@ -666,22 +674,33 @@ def _held_by(pid: int, *, of_grpc_too: bool) -> Counter[str]:
     return held
 
 
+class NoNamespace(Exception):  # noqa: N818 (says what happened)
+    """This user may have no file systems of his own here."""
+
+
 @contextmanager
-def nursery() -> Iterator[socket.socket]:
-    """Start what forks fronts and clients, and end it with all of those."""
+def nursery(directory: Path, disk_bytes: int) -> Iterator[tuple[int, socket.socket]]:
+    """Start what forks fronts and clients, and end it with all of those: its pid, and where it takes orders.
+
+    With `disk_bytes` it has a file system of that size over the directory, which nobody else sees. NoNamespace.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, "-m", "tests.faults.nursery", str(theirs.fileno())]
+    if disk_bytes:
+        mount = f'mount -t tmpfs -o size={disk_bytes},mode=700 none "$0" && exec "$@"'
+        as_root = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+        command = ["unshare", "--mount", *as_root, "sh", "-c", mount, str(directory), *command]
     with ours, theirs:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.nursery", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
+            command, pass_fds=[theirs.fileno()], cwd=ROOT, stdin=subprocess.DEVNULL, start_new_session=True
         )
         theirs.close()
         try:
-            assert ours.recv(100) == b"ready", "the nursery did not start"
-            yield ours
+            if ours.recv(100) != b"ready":
+                assert disk_bytes, "the nursery did not start"
+                raise NoNamespace
+            yield process.pid, ours
         finally:
             ours.close()
-            assert process.wait(SETTLED_SECONDS) == 0
+            status = process.wait(SETTLED_SECONDS)
+        assert status == 0
