@@ -38,7 +38,7 @@ NOT_THERE: Final = {
         ),
         "Debian's zstandard is no part of the image; it is optional, and all else runs without",
     ),
-    "tests/faults": "they hurt processes at moments of a machine that isn't emulated",
+    "tests/faults": "test_random_kills.py here has those that say something of a kernel",
 }
 """Tests by the beginnings of their names, and why an emulated host can't run them. Everything else runs."""
 
