@@ -130,4 +130,32 @@ SAFETIES: Final = (
         "        if False:\n",
         "worker/test_service.py::test_what_a_front_has_asked_for_that_has_hung_up_is_not_done",
     ),
+    Safety(
+        "answers that a reader left are taken for no others",
+        "vms/session.py",
+        "        while self._unanswered and not self._is_lost:\n",
+        "        while False:\n",
+        "faults/test_worker.py::test_answers_to_what_was_read_ahead_are_not_taken_for_others",
+    ),
+    Safety(
+        "a call ends with its connection",
+        "worker/service.py",
+        "            connection.close()\n            self._transactions.abandon(connection)\n",
+        "            connection.close()\n",
+        "faults/test_worker.py::test_a_call_ends_with_its_connection_before_anybody_is_heard_who_comes_after",
+    ),
+    Safety(
+        "keys are not enabled for a guest unless that is allowed",
+        "worker/keys.py",
+        "        if not uses_keys and not allow_enable:\n",
+        "        if False:\n",
+        "worker/test_transactions.py::test_keys_are_not_enabled_unless_that_is_allowed_and_nothing_is_undone_then",
+    ),
+    Safety(
+        "no VM ends for want of a log",
+        "worker/traceback_log.py",
+        "with suppress(OSError):",
+        "with suppress():",
+        "faults/test_full_disk.py::test_a_log_that_takes_nothing_ends_no_vm",
+    ),
 )

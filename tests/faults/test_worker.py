@@ -380,3 +380,25 @@ def test_a_worker_that_lies_about_a_slice_ends_in_nobody_knowing(world: World, k
     assert world.fired(guest, fault)
     assert (told.outcome, told.reason) == ("UNKNOWN", "WORKER_FAILED")
     world.delete(guest)
+
+
+# --- a front that is gone -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", MODES)
+def test_a_call_ends_with_its_connection_before_anybody_is_heard_who_comes_after(world: World, keep: bool) -> None:
+    guest = world.guest("7.0")
+    begin = {"op": "begin", "request_id": "", "fingerprint": "0" * 64, "keep": keep, "resume": False}
+    with world.talk(guest) as front:
+        assert "ok" in front.ask(**begin)
+        front.attached()[:64] = b"\xf8" * 64
+        assert "ok" in front.ask(op="set", buffer=0, offset=0, start=0, count=64, allow_enable=False)
+    with world.talk(guest) as next_front:
+        answer = next_front.ask(**begin)
+        assert "ok" in answer or "is being rolled back" in answer["error"]["message"], answer
+    plan = world.plan(guest)
+    if keep:
+        world.restore(guest)
+    with world.judged(guest, plan) as case:
+        case.told = world.set_skeys(plan)
+    assert case.outcome == "APPLIED"

@@ -257,9 +257,13 @@ class World:
         wrong = [gfn for gfn in range(len(found)) if found[gfn] != wanted[gfn]]
         assert not wrong, f"{what}: {len(wrong)} differ, from {wrong[0]} to {wrong[-1]}"
 
+    def talk(self, guest: Guest) -> Oracle:
+        """Talk with a worker, past the front. WorkerGone where there is none."""
+        return Oracle(self.directory / "vms" / guest.vm_id)
+
     def read(self, guest: Guest) -> bytes | None:
         """Read all keys, past the front. WorkerGone where there is no worker."""
-        with Oracle(self.directory / "vms" / guest.vm_id) as oracle:
+        with self.talk(guest) as oracle:
             assert oracle.hello["pid"] == guest.worker_pid
             return oracle.keys()
 
