@@ -20,7 +20,9 @@ BATCH: Final = 25
 pytestmark = [pytest.mark.emulated, pytest.mark.timeout(SECONDS + 300)]
 
 
-@pytest.mark.parametrize("suite", host_suites())
+# One host: it takes three minutes, and what kernels differ in is the contract's business. SKEYD_EMULATED_SUITES names
+# another.
+@pytest.mark.parametrize("suite", host_suites()[:1])
 def test_whoever_is_killed_whenever_it_is_no_key_of_a_real_guest_is_lost(suite: str) -> None:
     with EmulatedHost(require_image(suite), cpus=unit_suite.CPUS, append=unit_suite.APPEND) as host:
         unit_suite.install(host)
