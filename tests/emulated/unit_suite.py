@@ -128,8 +128,10 @@ def run(suite: str, seconds: float, say: Callable[[str], None], share: int = 0, 
             outputs = [host.get(log).decode(errors="replace") for log in logs]
             say(f"{suite}: {took:.0f} s: " + ", ".join(_progress(output) for output in outputs))
             if took > seconds and len(statuses) < len(running):
-                ends = "\n".join(output[-4000:] for output in outputs)
-                raise TimeoutError(f"the unit suite took more than {seconds:.0f} s on {suite}:\n{ends}")
+                raise TimeoutError(
+                    f"the unit suite took more than {seconds:.0f} s on {suite}:\n"
+                    + "\n".join("\n".join((*_failed(output), output[-4000:])) for output in outputs)
+                )
         halves = tuple(Half(statuses[number], output) for number, output in enumerate(outputs))
         return Outcome(versions, halves, took)
 
@@ -170,8 +172,13 @@ def _start(host: EmulatedHost, share: str, log: str) -> Process:
 
 def _progress(output: str) -> str:
     percents = re.findall(r"\[ *(\d+)%\]$", output, re.MULTILINE)
-    bad = len(re.findall(r" (?:FAILED|ERROR) +\[", output))
-    return f"{percents[-1] if percents else 0}%" + (f" with {bad} failed" if bad else "")
+    bad = "".join(f", {line}" for line in _failed(output))
+    return f"{percents[-1] if percents else 0}%{bad}"
+
+
+def _failed(output: str) -> list[str]:
+    """Return the lines of tests that failed so far."""
+    return re.findall(r"^(tests/.* (?:FAILED|ERROR)) +\[.*$", output, re.MULTILINE)
 
 
 def main(suites: list[str]) -> int:
