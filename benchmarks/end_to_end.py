@@ -1,6 +1,6 @@
 """GetSkeys and SetSkeys, end to end, against the raw ioctls in a loop of C, on a real s390x kernel.
 
-    python -m benchmarks.end_to_end [SUITE ...] [--mib 1024] [--rounds 7] [--wall-clock] [--cpus 1]
+    python -m benchmarks.end_to_end [SUITE ...] [--mib 1024] [--rounds 7] [--clock CLOCK] [--cpus 1] [--json FILE]
 
 from the checkout's root, with the emulated host built (tests/emulated/README.md) and its compiler. For each suite one
 host is booted, and in it, in every round, the same is done by `raw_skeys.c` and by a client of skeyd over a unix
@@ -10,12 +10,16 @@ socket, one right after the other, each with an owned VM of anonymous memory. Ho
 - mapped: there are page tables, but next to no frames;
 - untouched: nobody ever touched it; Linux up to 6.19 loses keys here. Each round has a new VM.
 
-The host's clock counts instructions, so that what else this machine does changes nothing. It doesn't see that some
-take longer than others. With --wall-clock it is an ordinary clock: then a SET on touched memory takes some 20 times as
-long as one on mapped memory up to Linux 6.19, for each SSKE has QEMU forget all that it knows of addresses.
+"SetSkeys, kept" is a call with on_interrupt KEEP: verified, and no old keys kept for a rollback. "SetSkeys" is all or
+none.
 
-Printed is, for each, the median of the rounds' ratios, and in the end all of it as a line of JSON. A guest over
-1 GiB is not touched: its frames would have to be there.
+All of it is done in a boot whose clock counts instructions, so that what else this machine does changes nothing, but
+which doesn't see that some take longer than others; and in one with an ordinary clock. There a SET on touched memory
+takes some 20 times as long as one on mapped memory up to Linux 6.19, for each SSKE has QEMU forget all that it knows of
+addresses. --clock chooses one of them.
+
+Printed is, for each, the median of the rounds' ratios, and in the end all of it as JSON. A guest over 1 GiB is not
+touched: its frames would have to be there.
 """
 
 from __future__ import annotations
@@ -31,7 +35,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:  # not inside the host
+    from benchmarks.harness import Report
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 INSIDE: Final = "/srv/benchmark"
@@ -39,14 +46,22 @@ PGSTE: Final = "/proc/sys/vm/allocate_pgste"
 MIB: Final = 1 << 20
 MOST_TOUCHED: Final = 1024
 """MiB of a guest whose frames are all brought in, twice: the C program's and skeyd's."""
-RATIOS: Final = {
-    "GetSkeys, touched": "GET, touched",
-    "GetSkeys, mapped": "GET, mapped",
-    "SetSkeys, touched": "SET, touched",
-    "SetSkeys, mapped": "SET, mapped",
-    "SetSkeys, untouched": "SET, untouched",
-}
-"""What is compared with what. The last is compared with SETs on touched and on mapped memory too."""
+RATIOS: Final = (
+    ("GetSkeys, touched", "GET, touched", 1.15),
+    ("GetSkeys, mapped", "GET, mapped", 1.15),
+    ("SetSkeys, kept, touched", "SET, touched", 1.7),
+    ("SetSkeys, kept, mapped", "SET, mapped", 1.7),
+    ("SetSkeys, kept, untouched", "SET, untouched", 1.7),
+    ("SetSkeys, kept, untouched", "SET, mapped", None),
+    ("SetSkeys, kept, untouched", "SET, touched", 2.2),
+    ("SetSkeys, touched", "SET, touched", 2.3),
+    ("SetSkeys, mapped", "SET, mapped", 2.3),
+    ("SetSkeys, untouched", "SET, untouched", 2.3),
+    ("SetSkeys, untouched", "SET, mapped", None),
+    ("SetSkeys, untouched", "SET, touched", 2.2),
+)
+"""What is compared with what, and what it is to come to at most."""
+CLOCKS: Final = ("instructions", "wall")
 
 
 class Raw:
@@ -108,7 +123,7 @@ def touch(pid: int, mib: int) -> None:
 
 def measure(mib: int, rounds: int) -> None:
     """Measure on this machine's kernel, and print seconds as JSON: a list for each thing that was measured."""
-    from skeyd.client import Keys, connect
+    from skeyd.client import Keys, SetOptions, connect
     from skeyd.gfn import GfnRange
     from skeyd.v1 import vm_pb2, vm_service_pb2
     from skeyd.worker.protocol import SLICE_KEYS
@@ -127,10 +142,13 @@ def measure(mib: int, rounds: int) -> None:
             kind = vm_pb2.VM_KIND_OWNED
             return client.create_vm(vm_service_pb2.CreateVmRequest(vm_id=vm_id, kind=kind, memory_slots=[slot]))
 
-        def set_skeys(name: str) -> None:
+        def set_skeys(name: str, keep: bool = False) -> None:
             nonlocal repaired
-            done = client.set_skeys(name, [frames], chunks, allow_enable=True)
+            done = client.set_skeys(name, [frames], chunks, SetOptions(allow_enable=True, keep=keep))
             repaired = max(repaired, done.keys_repaired)
+
+        def set_and_keep(name: str) -> None:
+            set_skeys(name, keep=True)
 
         def get_skeys(name: str) -> None:
             with client.get_skeys(name) as stream:
@@ -159,53 +177,45 @@ def measure(mib: int, rounds: int) -> None:
                 timed(f"GetSkeys, {memory}", get_skeys, name)
                 note(f"SET, {memory}", raw.seconds("set"))
                 timed(f"SetSkeys, {memory}", set_skeys, name)
+                timed(f"SetSkeys, kept, {memory}", set_and_keep, name)
             with Raw(mib, SLICE_KEYS, "untouched") as raw:
                 note("SET, untouched", raw.seconds("set"))
-            name = create("untouched").name
-            timed("SetSkeys, untouched", set_skeys, name)
-            client.delete_vm(name)
+            for what, call in {"SetSkeys, untouched": set_skeys, "SetSkeys, kept, untouched": set_and_keep}.items():
+                name = create("untouched").name
+                timed(what, call, name)
+                client.delete_vm(name)
     sys.stdout.write(json.dumps({"seconds": found, "repaired": repaired}) + "\n")
 
 
-def report(suite: str, mib: int, rounds: int, cpus: int, wall_clock: bool) -> dict[str, object]:
-    """Boot a host, measure in it, print the ratios and return them."""
+def in_a_host(suite: str, clock: str, options: argparse.Namespace, report: Report) -> None:
+    """Boot a host, measure in it, and report the ratios."""
     from tests.emulated.compiler import compiled
     from tests.emulated.host import EmulatedHost
     from tests.emulated.image import Image
 
+    mib, rounds = options.mib, options.rounds
     memory = f"{2048 + 2 * mib if mib <= MOST_TOUCHED else 4096}M"
-    with EmulatedHost(Image(suite), memory=memory, cpus=cpus, counts_instructions=not wall_clock) as host:
+    with EmulatedHost(Image(suite), memory=memory, cpus=options.cpus, counts_instructions=clock != "wall") as host:
         host.put_tree(ROOT / "skeyd", f"{INSIDE}/skeyd")
         host.put(f"{INSIDE}/end_to_end.py", Path(__file__).read_bytes())
         host.put(f"{INSIDE}/raw_skeys", compiled(ROOT / "benchmarks/raw_skeys.c", "-Wl,--s390-pgste"), 0o755)
         host.run(["sh", "-c", f"test ! -e {PGSTE} || echo 1 >{PGSTE}"])
         command = ["python3", f"{INSIDE}/end_to_end.py", "--inside", "--mib", str(mib), "--rounds", str(rounds)]
-        told = host.run(command, env={"PYTHONPATH": INSIDE}, timeout=300 + 120 * rounds).stdout
+        told = host.run(command, env={"PYTHONPATH": INSIDE}, timeout=300 + 240 * rounds).stdout
         answer = json.loads(told)
     seconds: dict[str, list[float]] = answer["seconds"]
-    pairs = [(what, raw) for what, raw in RATIOS.items() if what in seconds]
-    others = [f"SET, {memory}" for memory in ("mapped", "touched")]
-    pairs += [("SetSkeys, untouched", raw) for raw in others if raw in seconds]
-    ratios = {f"{what} / {raw}": _ratio(seconds[what], seconds[raw]) for what, raw in pairs}
-    clock = "wall clock" if wall_clock else "instructions"
-    title = f"{suite}, Linux {host.kernel}: {mib} MiB, {cpus} CPUs, {clock}, {rounds} rounds; "
-    title += f"{answer['repaired']} keys repaired"
-    lines = [title, *(f"  {what:<38} {ratio:6.2f}" for what, ratio in ratios.items())]
-    sys.stdout.write("\n".join(lines) + "\n")
-    return {
-        "suite": suite,
-        "kernel": host.kernel,
-        "mib": mib,
-        "cpus": cpus,
-        "clock": clock,
-        "rounds": rounds,
-        "repaired": answer["repaired"],
-        "ratios": ratios,
-    }
-
-
-def _ratio(took: list[float], raw: list[float]) -> float:
-    return round(statistics.median(one / other for one, other in zip(took, raw, strict=True)), 2)
+    title = f"Linux {'.'.join(host.kernel.split('.')[:2])}, {clock}"
+    report.results[title] = {"kernel": host.kernel, "mib": mib, "cpus": options.cpus, **answer}
+    report.line(f"{title}: {host.kernel}, {mib} MiB, {options.cpus} CPUs, {answer['repaired']} keys repaired")
+    for what, raw, most in RATIOS:
+        if not (what in seconds and raw in seconds):
+            continue
+        ratios = [one / other for one, other in zip(seconds[what], seconds[raw], strict=True)]
+        found = round(statistics.median(ratios), 2)
+        name = f"{what} / {raw}"
+        report.line(f"  {name}", f"{found:.2f}", f"({min(ratios):.2f} to {max(ratios):.2f})")
+        if most is not None:
+            report.at_most(f"{title}: {name}", most, found)
 
 
 def main() -> None:
@@ -215,14 +225,20 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=1024, help="the guest's memory")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--cpus", type=int, default=1, help="the host's")
-    parser.add_argument("--wall-clock", action="store_true", help="time as it passes here, and not instructions")
+    parser.add_argument("--clock", choices=CLOCKS, action="append", help="only by this one")
+    parser.add_argument("--json", type=Path, help="write the JSON here too")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
         measure(options.mib, options.rounds)
         return
-    reports = [report(suite, options.mib, options.rounds, options.cpus, options.wall_clock) for suite in options.suites]
-    sys.stdout.write(json.dumps(reports) + "\n")
+    from benchmarks.harness import Report
+
+    report = Report("end_to_end", options.rounds)
+    for suite in options.suites:
+        for clock in options.clock or CLOCKS:
+            in_a_host(suite, clock, options, report)
+    report.show(options.json)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from benchmarks.harness import ROOT
 
 FIGURES: Final = ROOT / "benchmarks" / "figures"
 PAGE: Final = ROOT / "docs" / "benchmarks.md"
-NAMES: Final = ("streams", "encodings", "latency", "memory")
+NAMES: Final = ("streams", "encodings", "latency", "memory", "end_to_end")
 _BEGIN: Final = "<!-- figures: made by `make benchmark-page` -->"
 _END: Final = "<!-- end of figures -->"
 
