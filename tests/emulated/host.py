@@ -62,15 +62,16 @@ class EmulatedHost:
 
         `memory` is QEMU's -m; `systemd` boots with systemd as the first process, in three times the time;
         `append` goes at the kernel command line's end; `boot_timeout` is in seconds. With `counts_instructions` the
-        host's clock goes on by 4 ns an instruction, and not while it idles: what takes how long inside is then the
-        same whatever else this machine does. One CPU at a time runs.
+        host's clock goes on by 1 ns an instruction (a real CPU needs less: what is paced by the clock must not be paced
+        for a far slower one), and not while it idles: what takes how long inside is then the same whatever else this
+        machine does. One CPU at a time runs.
         """
         self._image = image
         self._memory = memory
         self._cpus = cpus
         self._first = SYSTEMD if systemd else START
         self._append = append
-        self._clock = ("-icount", "shift=2,sleep=off") if counts_instructions else ()
+        self._clock = ("-icount", "shift=0,sleep=off") if counts_instructions else ()
         self._boot_timeout = boot_timeout or (SYSTEMD_BOOT_TIMEOUT if systemd else BOOT_TIMEOUT)
         self._machine: Machine | None = None
         self._kernel = ""
