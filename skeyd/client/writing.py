@@ -55,8 +55,8 @@ class SetOptions:
     slice_seconds: float | None = None
     """How long one ioctl may keep the kernel's lock, about; None: as long as the daemon says."""
     encodings: Collection[int] = codec.KNOWN
-    """Those of skeyd.encoding.codec that chunks may have, if the daemon reads them; none but RAW is cheapest on one's own
-    machine."""
+    """Those of skeyd.encoding.codec that chunks may have, if the daemon reads them; none but RAW is cheapest on one's
+    own machine."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,9 +110,23 @@ SAFETIES: Final = (
     Safety(
         "a request_id stands for one request",
         "worker/transactions.py",
-        "        if call.fingerprint != fingerprint:\n",
-        "        if False:\n",
+        "    if fingerprint != before:\n",
+        "    if False:\n",
         "worker/test_transactions.py::test_a_request_id_stands_for_one_request",
+    ),
+    Safety(
+        "what is committed is what the front wanted set",
+        "worker/transactions.py",
+        "(done.keys_set, done.crc32) != (keys_set, crc32)",
+        "False",
+        "worker/test_transactions.py::test_a_commit_of_other_keys_than_were_set_is_refused_and_taken_back",
+    ),
+    Safety(
+        "frames that the kernel stopped in the middle of are named",
+        "worker/transactions.py",
+        'current.uncertain if outcome == "kept" else current.dirty',
+        "current.dirty",
+        "worker/test_transactions.py::test_a_kept_call_names_the_frames_that_the_kernel_stopped_in_the_middle_of",
     ),
     Safety(
         "an answer that came too late is taken for no other",
