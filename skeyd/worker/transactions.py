@@ -237,9 +237,9 @@ class Transactions:
                 self._settle()
             else:
                 current.dirty += self._restore(*popped)
-        except JournalDamagedError:
-            current.dirty += journal.rest()
-            self._settle()
+        except JournalDamagedError as damaged:
+            # What lies below it is whole, and is set again all the same.
+            current.dirty += damaged.frames
         except Exception:
             current.dirty += [*journal.rest(), *([popped[0]] if popped else [])]
             self._settle()

@@ -34,9 +34,16 @@ SAFETIES: Final = (
     Safety(
         "old keys in the journal have a checksum",
         "worker/journal.py",
-        "if zlib.crc32(packed) != crc32:",
-        "if False:",
+        "len(packed) == length and zlib.crc32(packed) == crc32",
+        "len(packed) == length",
         "worker/test_journal.py::test_a_damaged_file_gives_no_keys_and_says_which_are_lost",
+    ),
+    Safety(
+        "old keys that are damaged keep no others from being set again",
+        "worker/transactions.py",
+        "            current.dirty += damaged.frames\n",
+        "            current.dirty += [*damaged.frames, *journal.rest()]\n            self._settle()\n",
+        "worker/test_transactions.py::test_old_keys_that_are_damaged_are_dirty_frames_and_all_others_are_set_again",
     ),
     Safety(
         "what was set is read back",

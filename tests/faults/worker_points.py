@@ -53,6 +53,7 @@ def install(directory_fd: int) -> None:
     vm_id = os.readlink(f"/proc/self/fd/{directory_fd}").rpartition("/")[2]  # noqa: PTH115
     points = Points(Trigger(f"worker-{vm_id}", "../..", directory_fd))
     journal.MEMORY_BYTES = JOURNAL_MEMORY_BYTES  # type: ignore[misc]
+    journal.JOINED_KEYS = 1  # type: ignore[misc]  # so that each slice is a record
     for backend in (SimulatedVm, OwnedVm):
         _wrap(backend, "get_skeys", functools.partial(_around_get, points))
         _wrap(backend, "set_skeys", functools.partial(_around_set, points))
