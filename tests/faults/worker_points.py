@@ -20,7 +20,7 @@ from skeyd.worker.transactions import Transactions
 from tests.faults import nonsense
 from tests.faults.trigger import Trigger
 
-JOURNAL_MEMORY_BYTES: Final = 200
+JOURNAL_MEMORY_BYTES: Final = 60
 """So that a journal's first slices lie in memory and the others in its file."""
 
 

@@ -435,7 +435,7 @@ def test_old_keys_that_cant_be_kept_keep_the_new_ones_from_being_set(runtime_dir
     old = os.urandom(512).translate(bytes(key & 0xFE for key in range(256)))
     with _serving(runtime_dir, backend, full), _attached(runtime_dir) as (front, buffers):
         assert "ok" in _set(front, buffers, 512, old)
-        with mock.patch.object(journal, "MEMORY_BYTES", 100):
+        with mock.patch.object(journal, "MEMORY_BYTES", 100), mock.patch.object(journal, "JOINED_KEYS", 1):
             front.ok(**BEGIN)
             assert "ok" in _set(front, buffers, 0, b"\x10" * 512)  # old keys of one value take next to no room
             sets = backend.sets()
@@ -450,7 +450,7 @@ def test_old_keys_that_memory_has_no_room_for_come_back_from_the_file(runtime_di
     old = os.urandom(1024).translate(bytes(key & 0xFE for key in range(256)))
     with _serving(runtime_dir, Recording()), _attached(runtime_dir) as (front, buffers):
         assert "ok" in _set(front, buffers, 0, old)
-        with mock.patch.object(journal, "MEMORY_BYTES", 100):
+        with mock.patch.object(journal, "MEMORY_BYTES", 100), mock.patch.object(journal, "JOINED_KEYS", 1):
             front.ok(**BEGIN)
             for start in (0, 256, 300, 700):
                 assert "ok" in _set(front, buffers, start, b"\x10" * 256)
