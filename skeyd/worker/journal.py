@@ -127,19 +127,19 @@ class Journal:
         self._recorded.extend(ranges)
 
     def _take_record(self) -> None:
-        # Off the stack in any case; its slices become those on top.
+        # Its slices become those on top. Where memory is too short for them they are still in the record.
         in_file, at, length, crc32, count = self._records[-5:]
-        del self._records[-5:]
         ranges = self._recorded[-2 * count :]
-        del self._recorded[-2 * count :]
         packed = self._read(at, length) if in_file else bytes(self._memory[at : at + length])
+        keys = None
+        if packed is not None and len(packed) == length and zlib.crc32(packed) == crc32:
+            keys = _unpack(packed, sum(ranges[1::2]))
+        del self._records[-5:]
+        del self._recorded[-2 * count :]
         if in_file:
             self._size = at
         else:
             del self._memory[at:]
-        keys = None
-        if packed is not None and len(packed) == length and zlib.crc32(packed) == crc32:
-            keys = _unpack(packed, sum(ranges[1::2]))
         if keys is None:
             raise JournalDamagedError(_joined(_frames(ranges)))
         self._keys, self._ranges = bytearray(keys), ranges

@@ -20,7 +20,7 @@ from skeyd.worker.transactions import Transactions
 from tests.faults import nonsense
 from tests.faults.trigger import Trigger
 
-JOURNAL_MEMORY_BYTES: Final = 60
+JOURNAL_MEMORY_BYTES: Final = 70
 """So that a journal's first slices lie in memory and the others in its file."""
 
 
@@ -160,7 +160,7 @@ def _around_read(points: Points, original: Callable[..., bytes], fd: int, length
         raise OSError(number, os.strerror(number))
     data = original(fd, length, at)
     if action == "damage":
-        return data[:3] + bytes([data[3] ^ 0x40]) + data[4:]
+        return data[:-1] + bytes([data[-1] ^ 0x40])
     if action == "cut":
         return data[:-1]
     points.trigger.at("rollback.read.after")

@@ -326,6 +326,22 @@ def test_a_file_that_cant_be_read_loses_one_record_at_a_time(disk: Disk, monkeyp
     ours.close()
 
 
+def test_a_record_that_there_is_no_memory_for_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = Journal(no_file)
+    whole = (GfnRange(5, MIB), b"\x10\x20" * (MIB // 2))
+    ours.push(*whole)
+
+    def short(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(journal, "_unpack", short)
+        with pytest.raises(MemoryError):
+            ours.pop()
+    assert ours.rest() == [whole[0]]
+    assert ours.pop() == whole
+
+
 @pytest.mark.parametrize("packed", [b"", b"no zlib", zlib.compress(b"\x10" * 99), zlib.compress(b"\x10" * 101)[:-9]])
 def test_a_record_whose_keys_are_not_as_many_as_its_frames_gives_none(
     monkeypatch: pytest.MonkeyPatch, packed: bytes
