@@ -17,7 +17,8 @@ import pytest
 
 from skeyd.v1 import vm_pb2
 from tests.faults import nonsense
-from tests.faults.world import DEADLINE, Fault, World, acc_f
+from tests.faults.calls import DEADLINE
+from tests.faults.world import Fault, World, acc_f
 
 ERRORS: Final = ("EINTR", "ENOMEM", "EIO", "EFAULT")
 MOMENTS: Final = ("before", "after")

@@ -515,7 +515,7 @@ def test_what_is_only_validated_is_refused_as_ever() -> None:
 
 def test_the_request_id_of_another_request_is_refused_where_it_is_only_validated_too() -> None:
     session = FakeSession(MEMORY)
-    options = {"validate_only": True, "request_id": "mine", "fingerprint": "7" * 64}
+    options: dict[str, Any] = {"validate_only": True, "request_id": "mine", "fingerprint": "7" * 64}
     ours = _writing(session, (0x100, 4), **options)
     assert session.calls == ["require_unused mine " + "7" * 64]
     _chunk(ours, 0x100, bytes(4))

@@ -22,7 +22,7 @@ import pytest
 from skeyd.gfn import GfnRange
 from skeyd.kvm.errors import KvmError
 from skeyd.kvm.vm import Vm
-from skeyd.linux import open_unnamed
+from skeyd.linux import open_unnamed, peer_of
 from skeyd.worker import journal, service
 from skeyd.worker.backend import Backend
 from skeyd.worker.protocol import BUFFER_BYTES, BUFFER_KEYS, SOCKET, Hello
@@ -386,10 +386,9 @@ def test_a_front_can_ask_whether_a_request_id_is_that_of_another(runtime_dir: Pa
 def test_only_root_and_its_own_user_are_answered(
     runtime_dir: Path, monkeypatch: pytest.MonkeyPatch, uid: int | None, is_served: bool
 ) -> None:
-    real = service.peer_of
     own = 12345
-    monkeypatch.setattr(service.os, "geteuid", lambda: own)
-    monkeypatch.setattr(service, "peer_of", lambda one: replace(real(one), uid=own if uid is None else uid))
+    monkeypatch.setattr(os, "geteuid", lambda: own)
+    monkeypatch.setattr(service, "peer_of", lambda one: replace(peer_of(one), uid=own if uid is None else uid))
     with _serving(runtime_dir, Recording()), Front(runtime_dir) as front:
         hello = front.take()
         assert (hello is not None) == is_served
