@@ -19,7 +19,7 @@ from skeyd.cli.key import key
 from skeyd.cli.keys import keys
 from skeyd.cli.summary import summary
 from skeyd.cli.vm import vm
-from skeyd.client import ClientError, SnapshotError, StreamError
+from skeyd.client import ClientError, OtherKeysError, SnapshotError, StreamError
 from skeyd.errors import SkeydError
 from skeyd.paths import default_target
 
@@ -43,7 +43,7 @@ Exit codes:
   {EXIT_REFUSED:>3}  the daemon refused the call; the message says why
   {EXIT_USAGE:>3}  the command line is wrong
   {EXIT_UNREACHABLE:>3}  the daemon can't be reached
-  {EXIT_DAMAGED:>3}  keys or a file don't match their checksums, or are cut off
+  {EXIT_DAMAGED:>3}  keys or a file don't match their checksums or their request ID, or are cut off
   {EXIT_FILE:>3}  a file can't be read or written
   {EXIT_DIFFERENT:>3}  `keys compare` found a difference
   {EXIT_INTERRUPTED:>3}  interrupted; 143 by SIGTERM, 129 by SIGHUP
@@ -127,6 +127,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except SkeydError as error:
         _say(error.reason.name, error.message, error.metadata, as_json)
         sys.exit(EXIT_USAGE)
+    except OtherKeysError as error:
+        _say("OTHER_KEYS", f"{error}; another --request-id sets these", {}, as_json)
+        sys.exit(EXIT_DAMAGED)
     except (StreamError, SnapshotError) as error:
         _say("DAMAGED", str(error), {}, as_json)
         sys.exit(EXIT_DAMAGED)

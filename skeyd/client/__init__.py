@@ -3,7 +3,7 @@
 from skeyd.client.compare import Comparison, Difference, FileSide, VmSide
 from skeyd.client.connection import Client, connect
 from skeyd.client.digesting import Digest
-from skeyd.client.errors import ClientError, StreamError
+from skeyd.client.errors import ClientError, OtherKeysError, StreamError
 from skeyd.client.reading import Gap, Keys, KeyStream, Position
 from skeyd.client.single import OneKey, OneKeySet
 from skeyd.client.snapshot import Snapshot, SnapshotError, write_snapshot
@@ -23,6 +23,7 @@ __all__ = [
     "KeysDigest",
     "OneKey",
     "OneKeySet",
+    "OtherKeysError",
     "Position",
     "SetOptions",
     "SetResult",

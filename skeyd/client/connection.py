@@ -13,6 +13,7 @@ from skeyd.client.digesting import Digest, digest_of, digest_request
 from skeyd.client.errors import ClientError, client_error, translated
 from skeyd.client.reading import Keys, KeyStream, Position, get_skeys_response
 from skeyd.client.single import OneKey, OneKeySet, one_key, one_key_set
+from skeyd.client.slices import set_slice_time
 from skeyd.client.summary import VmSummary, summarize_request, summary_of
 from skeyd.client.writing import SetCall, SetOptions, SetResult, written
 from skeyd.encoding import codec
@@ -142,7 +143,7 @@ class Client:
             request.resume.gfn = resume.gfn
             request.resume.incarnation = resume.incarnation
             request.resume.crc32 = resume.crc32
-        _set_slice(request, slice_seconds)
+        set_slice_time(request, slice_seconds)
         call = self._get_skeys(request)
         try:
             yield KeyStream(call, resume)
@@ -166,7 +167,7 @@ class Client:
         StreamError where the answer does not fit together.
         """
         request = digest_request(vm, ranges, with_referenced_changed, node)
-        _set_slice(request, slice_seconds)
+        set_slice_time(request, slice_seconds)
         with translated():
             response = self._keys.DigestSkeys(request, timeout=seconds)
         return digest_of(response, node, with_referenced_changed=with_referenced_changed)
@@ -181,7 +182,7 @@ class Client:
     ) -> VmSummary:
         """Count keys where they are. StreamError where the answer does not fit together. Times as in digest_skeys."""
         request = summarize_request(vm, ranges)
-        _set_slice(request, slice_seconds)
+        set_slice_time(request, slice_seconds)
         with translated():
             response = self._keys.SummarizeSkeys(request, timeout=seconds)
         return summary_of(response)
@@ -199,7 +200,8 @@ class Client:
         """Set the keys of all frames of the ranges, all or none; the chunks must cover them in order.
 
         `allow_enable` is for who needs no other of the SetOptions. What `chunks` raises ends the stream without Commit
-        and is raised here; so the old keys are set again, unless the options have `keep`.
+        and is raised here; so the old keys are set again, unless the options have `keep`. OtherKeysError: the options'
+        `request_id` was applied before with other keys; to know that, all chunks are read and none is sent.
         """
         call = SetCall(vm, ranges, chunks, options or SetOptions(allow_enable=allow_enable))
         responses = self._set_skeys(call.requests())
@@ -223,17 +225,6 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _set_slice(
-    request: storage_key_service_pb2.GetSkeysRequest
-    | storage_key_service_pb2.DigestSkeysRequest
-    | storage_key_service_pb2.SummarizeSkeysRequest,
-    seconds: float | None,
-) -> None:
-    if seconds is not None:
-        slice_time = request.max_slice_time
-        slice_time.seconds, slice_time.nanos = divmod(round(seconds * 1e9), 1_000_000_000)
 
 
 __all__ = ["Client", "ClientError", "connect"]

@@ -31,6 +31,10 @@ class StreamError(Exception):
     """What a stream carried does not fit together: keys are not those that the daemon sent, or some are missing."""
 
 
+class OtherKeysError(StreamError):
+    """A request_id was applied before with other keys. Those are what the guest has; of this call's none was set."""
+
+
 @contextmanager
 def translated() -> Iterator[None]:
     """Turn gRPC's errors into ClientErrors."""

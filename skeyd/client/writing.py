@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import queue
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Final
 
-from skeyd.client.errors import StreamError
+from skeyd.checksum import crc32_joined
+from skeyd.client.errors import OtherKeysError, StreamError
 from skeyd.client.reading import Keys
+from skeyd.client.slices import set_slice_time
 from skeyd.encoding import codec
 from skeyd.gfn import GfnRange
+from skeyd.storage_key import only_key
 from skeyd.v1 import storage_key_service_pb2 as pb
 from skeyd.v1 import vm_pb2
 from skeyd.wire import chunk_message
@@ -48,7 +51,12 @@ class SetOptions:
     expected: KeysDigest | None = None
     """What the keys of the ranges must be before anything is set."""
     resulting: KeysDigest | None = None
-    """What they must be after the last chunk, or all is rolled back."""
+    """What they must be after the last chunk, or all is rolled back. Not with `keep`."""
+    slice_seconds: float | None = None
+    """How long one ioctl may keep the kernel's lock, about; None: as long as the daemon says."""
+    encodings: Collection[int] = codec.KNOWN
+    """Those of skeyd.encoding.codec that chunks may have, if the daemon reads them; none but RAW is cheapest on one's
+    own machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +76,10 @@ class SetResult:
 class SetCall:
     """The two halves of one SetSkeys: `requests` is what is sent, `result` takes what comes back.
 
-    Synchronization: each half is one thread's.
+    No chunk is looked at before the daemon has begun: it says there which encodings it reads, and where to go on. Where
+    it answers without beginning, it remembers the request_id; `result` then takes the chunks, to compare their sum.
+
+    Synchronization: each half is one thread's, and only one of them takes chunks.
     """
 
     def __init__(self, vm: str, ranges: Sequence[GfnRange], chunks: Iterable[Keys], options: SetOptions) -> None:
@@ -77,71 +88,124 @@ class SetCall:
         self._chunks = chunks
         self._options = options
         self._begun: queue.SimpleQueue[pb.SetSkeysResponse.Begun | None] = queue.SimpleQueue()
+        self._sum: _Sum | None = None
+        """Of all keys. None: some are still to be sent."""
         self.raised: BaseException | None = None
         """What the chunks' iterator raised; the stream then ended without Commit."""
 
     def requests(self) -> Iterator[pb.SetSkeysRequest | bytes]:
         """Write the stream down, Commit included; chunks as the bytes that they are on the wire."""
         options = self._options
-        yield pb.SetSkeysRequest(
-            header=pb.SetSkeysRequest.Header(
-                vm=self._vm,
-                ranges=[vm_pb2.GfnRange(start_gfn=one.start, count=one.count) for one in self._ranges],
-                allow_enable=options.allow_enable,
-                on_interrupt=pb.ON_INTERRUPT_KEEP if options.keep else pb.ON_INTERRUPT_ROLL_BACK,
-                validate_only=options.validate_only,
-                request_id=options.request_id,
-                resume=options.resume,
-                expected_digest=_digest_message(options.expected),
-                resulting_digest=_digest_message(options.resulting),
-            )
+        header = pb.SetSkeysRequest.Header(
+            vm=self._vm,
+            ranges=[vm_pb2.GfnRange(start_gfn=one.start, count=one.count) for one in self._ranges],
+            allow_enable=options.allow_enable,
+            on_interrupt=pb.ON_INTERRUPT_KEEP if options.keep else pb.ON_INTERRUPT_ROLL_BACK,
+            validate_only=options.validate_only,
+            request_id=options.request_id,
+            resume=options.resume,
+            expected_digest=_digest_message(options.expected),
+            resulting_digest=_digest_message(options.resulting),
         )
+        set_slice_time(header, options.slice_seconds)
+        yield pb.SetSkeysRequest(header=header)
+        begun = self._begun.get()
+        if begun is None:
+            return  # the call is over, and its status says why
+        encodings = set(begun.encodings).intersection(options.encodings)
+        done = _Sum(begun.keys_set, begun.crc32)
         try:
-            chunks = iter(self._chunks)
-            if options.resume:
-                begun = self._begun.get()
-                if begun is None:
-                    return  # the call is over, and its status says why
-                chunks = _rest(chunks, begun.keys_set, begun.crc32)
-            for chunk in chunks:
-                yield chunk_message(
-                    chunk.frames.start, chunk.frames.count, codec.RAW, (chunk.keys,), zlib.crc32(chunk.keys)
-                )
+            for chunk in _rest(iter(self._chunks), begun.keys_set, begun.crc32):
+                keys = bytes(chunk.keys)
+                crc32 = zlib.crc32(keys)
+                encoding, data = codec.encode(keys, encodings, only_key(keys)) if encodings else (codec.RAW, keys)
+                done.add(len(keys), crc32)
+                yield chunk_message(chunk.frames.start, chunk.frames.count, encoding, (data,), crc32)
         except Exception as error:  # grpc would swallow it
             self.raised = error
             raise
+        self._sum = done
         yield pb.SetSkeysRequest(commit=pb.SetSkeysRequest.Commit())
 
     def result(
         self, responses: Iterator[pb.SetSkeysResponse], progress: Callable[[int], None] | None = None
     ) -> SetResult:
-        """Take the answers; `progress` is told how many keys are set so far. StreamError where they don't fit."""
+        """Take the answers; `progress` is told how many keys are set so far.
+
+        StreamError where they don't fit, OtherKeysError where they are those of a call that had other keys.
+        """
+        begun = False
         result: SetResult | None = None
         try:
             for response in responses:  # to its end: the status comes after the result
-                match response.WhichOneof("part"):
+                part = response.WhichOneof("part")
+                if result is not None or ((part == "begun") == begun and part != "result"):
+                    raise StreamError(f"a {part} in the wrong place of the stream")
+                match part:
                     case "begun":
+                        begun = True
                         self._begun.put(response.begun)
                         if progress is not None and response.begun.keys_set:
                             progress(response.begun.keys_set)
                     case "progress" if progress is not None:
                         progress(response.progress.keys_set)
                     case "result":
-                        result = self._checked(response.result)
+                        if not begun:
+                            self._begun.put(None)
+                        result = self._checked(response.result, begun)
         finally:
             self._begun.put(None)
         if result is None:
             raise StreamError("the daemon ended the stream without a result")
         return result
 
-    def _checked(self, done: pb.SetSkeysResponse.Result) -> SetResult:
+    def _checked(self, done: pb.SetSkeysResponse.Result, begun: bool) -> SetResult:
         wanted = sum(one.count for one in self._ranges)
         if done.keys_set != wanted:
             raise StreamError(f"the daemon says that it set {done.keys_set} keys of {wanted}")
         validated = done.outcome == pb.SetSkeysResponse.OUTCOME_VALIDATED
         if validated != self._options.validate_only:
             raise StreamError(f"the daemon says that keys were {'only checked' if validated else 'set'}")
+        if begun:
+            self._require_sent(done)
+        else:
+            self._require_same(done)
         return SetResult(done.keys_set, done.keys_repaired, done.enabled, validated)
+
+    def _require_sent(self, done: pb.SetSkeysResponse.Result) -> None:
+        if self._sum is None:
+            raise StreamError("the daemon says that all keys are set before all were sent")
+        if done.crc32 != self._sum.crc32:
+            raise StreamError(
+                f"the daemon says that the keys that it set have CRC-32 {done.crc32:#010x}, and those that it was sent "
+                f"have {self._sum.crc32:#010x}"
+            )
+
+    def _require_same(self, done: pb.SetSkeysResponse.Result) -> None:
+        # The daemon knows the request by its header, and what it set before may have been other keys.
+        request_id = self._options.request_id
+        if not request_id or self._options.validate_only:
+            raise StreamError("the daemon gave a result without Begun, and there is nothing that it could remember")
+        mine = _Sum()
+        for chunk in self._chunks:
+            mine.add(chunk.frames.count, zlib.crc32(chunk.keys))
+        if (mine.keys, mine.crc32) != (done.keys_set, done.crc32):
+            raise OtherKeysError(
+                f"request_id {request_id!r} was applied before with other keys (CRC-32 {done.crc32:#010x}) than the "
+                f"{mine.keys} of this call (CRC-32 {mine.crc32:#010x}), of which none was set"
+            )
+
+
+@dataclass(slots=True)
+class _Sum:
+    # How many keys, and their CRC-32.
+    keys: int = 0
+    crc32: int = 0
+
+    def add(self, count: int, crc32: int) -> None:
+        # So many keys more, which have this CRC-32.
+        self.keys += count
+        self.crc32 = crc32_joined(self.crc32, crc32, count)
 
 
 def _digest_message(digest: KeysDigest | None) -> pb.KeysDigest | None:

@@ -97,6 +97,13 @@ def _options(header: pb.SetSkeysRequest.Header) -> WriteOptions:
         raise SkeydError(
             Reason.REQUEST_INVALID, "what is resumed has ON_INTERRUPT_KEEP and a request_id, and isn't validate_only"
         )
+    if keep and header.HasField("resulting_digest"):
+        # What must be so or is undone, and what is never undone: the wrong keys would stay.
+        raise SkeydError(
+            Reason.REQUEST_INVALID,
+            "resulting_digest has all rolled back that doesn't fit it, and ON_INTERRUPT_KEEP rolls nothing back",
+            {"field": "resulting_digest"},
+        )
     return WriteOptions(
         allow_enable=header.allow_enable,
         keep=keep,
@@ -120,11 +127,12 @@ def _digest(header: pb.SetSkeysRequest.Header, field: str) -> KeysDigest | None:
 
 
 def _fingerprint(header: pb.SetSkeysRequest.Header) -> str:
-    # Of all that a request_id stands for: how the call is made, and that it goes on, is not part of it.
+    # Of all that a request_id stands for: how the call is made, that it goes on or is a rehearsal, is not part of it.
     asked = pb.SetSkeysRequest.Header()
     asked.CopyFrom(header)
     asked.ClearField("resume")
     asked.ClearField("max_slice_time")
+    asked.ClearField("validate_only")
     return hashlib.sha256(asked.SerializeToString(deterministic=True)).hexdigest()
 
 

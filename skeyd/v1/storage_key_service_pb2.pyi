@@ -411,6 +411,13 @@ class SetSkeysRequest(google.protobuf.message.Message):
         """Names the request, so that it can be sent again when nobody knows what became of it: what was applied is answered
         as before, without a chunk being read, and not applied twice. 1 to 128 printable ASCII characters; a UUID will do.
         A worker remembers the last 64. Empty: none.
+
+        The daemon knows the request by its header: with another one (max_slice_time, resume and validate_only aside) it is
+        refused with REQUEST_ID_REUSED. It doesn't know the keys that would have followed, and so every client must
+        compare: Result.crc32 says how.
+
+        With validate_only a request_id is refused as it would be without, and nothing else is made of it: the call is
+        checked chunk by chunk whether or not it was applied before, and is not remembered.
         """
         resume: builtins.bool
         """Go on with the call of this request_id that was cut and KEPT; the header is otherwise as before. Begun says where."""
@@ -424,7 +431,9 @@ class SetSkeysRequest(google.protobuf.message.Message):
 
         @property
         def resulting_digest(self) -> global___KeysDigest:
-            """They must have this one after the last chunk, or all is rolled back."""
+            """They must have this one after the last chunk, or all is rolled back. INVALID_ARGUMENT REQUEST_INVALID together with
+            ON_INTERRUPT_KEEP, which would leave the wrong keys; ErrorInfo metadata "field" names this one.
+            """
 
         @property
         def max_slice_time(self) -> google.protobuf.duration_pb2.Duration:
@@ -538,7 +547,7 @@ class SetSkeysResponse(google.protobuf.message.Message):
         """CRC-32 of those keys, in order, so that a client that resumes can check that they are its own."""
         @property
         def encodings(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[global___Encoding.ValueType]:
-            """Encodings that chunks may have."""
+            """Encodings that chunks may have. A client that sends others than ENCODING_RAW waits for Begun first."""
 
         @property
         def max_slice_time(self) -> google.protobuf.duration_pb2.Duration:
@@ -609,7 +618,12 @@ class SetSkeysResponse(google.protobuf.message.Message):
         outcome: global___SetSkeysResponse.Outcome.ValueType
         """What it came to."""
         crc32: builtins.int
-        """CRC-32 of all keys, in order."""
+        """CRC-32 of all keys, in order, as the worker summed them up. Every client must compare it with that of its own keys,
+        always: after Begun with that of the chunks that it sent (and of those before them, where the call was resumed);
+        where Result comes without Begun, which only a request_id does that was applied before, with that of the chunks
+        that it would have sent. There, another CRC-32 means that the request_id was that of other keys: those are set,
+        and none of this call's.
+        """
         def __init__(
             self,
             *,

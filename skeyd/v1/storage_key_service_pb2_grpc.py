@@ -88,9 +88,12 @@ class StorageKeyServiceServicer(object):
         sees both old keys and new ones. ErrorInfo metadata "outcome" says what came of it: UNCHANGED (nothing was set),
         ROLLED_BACK, DIRTY (the kernel refused the old keys too; "dirty" has the ranges whose keys are neither known to be
         old nor new), KEPT (with ON_INTERRUPT_KEEP: "next_gfn", "keys_set" and "crc32" say up to where the new keys are,
-        "uncertain" which frames the kernel stopped in the middle of), or UNKNOWN (the worker is gone, or can't be asked);
-        "enabled" says that the guest uses storage keys since this call, which nothing undoes. Who can't be told, since
-        the connection is gone, asks GetVm, whose `last_write` has it, or sends the same request_id again.
+        "uncertain" which frames have old keys or new ones, since the kernel stopped in the middle of them), or UNKNOWN (the
+        worker is gone, or can't be asked); "enabled" says that the guest uses storage keys since this call, which nothing
+        undoes. Who can't be told, since the connection is gone, asks GetVm, whose `last_write` has it, or sends the same
+        request_id again.
+
+        A Result is no success before its client has compared its CRC-32, see there.
 
         INVALID_ARGUMENT CHUNK_OUT_OF_ORDER, CHUNK_SIZE_MISMATCH, CHUNK_ENCODING_INVALID, KEY_RESERVED_BIT,
         ENCODING_UNSUPPORTED, REQUEST_ID_REUSED and as above.

@@ -326,7 +326,8 @@ class LastWrite(google.protobuf.message.Message):
     @property
     def dirty(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___GfnRange]:
         """For DIRTY: the frames whose keys are neither known to be the old nor the new ones; at most 256 ranges, the last one
-        reaching to the last dirty frame where there are more.
+        reaching to the last dirty frame where there are more. For KEPT: those that the kernel stopped in the middle of
+        setting, which have old keys or new ones until a resumed call has set them.
         """
 
     def __init__(

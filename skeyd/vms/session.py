@@ -149,10 +149,18 @@ class Session:
                 raise ProtocolError(f"it says {begun.state}, and that is not what was asked for")
             return begun
 
-    def commit(self) -> Begun:
-        """End the call: what it set stays."""
+    def require_unused(self, request_id: str, fingerprint: str) -> None:
+        """REQUEST_ID_REUSED where another request of this id was applied."""
         with self._strict():
-            done = Begun.from_message(self._call({"op": "commit"}))
+            self._call({"op": "require_unused", "request_id": request_id, "fingerprint": fingerprint})
+
+    def commit(self, keys_set: int, crc32: int) -> Begun:
+        """End the call, which is to have set so many keys of that CRC-32: what it set stays.
+
+        SkeydError WORKER_FAILED: the worker has set something else, and the call ends as one without a commit.
+        """
+        with self._strict():
+            done = Begun.from_message(self._call({"op": "commit", "keys_set": keys_set, "crc32": crc32}))
             if done.state != "applied":
                 raise ProtocolError(f"it says {done.state} of what it was to commit")
             return done

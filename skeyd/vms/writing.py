@@ -72,7 +72,7 @@ class KeyWriting:
     """One SetSkeys: ranges known beforehand, filled by chunks in order.
 
     Every SkeydError out of `told` carries the metadata "outcome": UNCHANGED, ROLLED_BACK, DIRTY, KEPT or UNKNOWN, and
-    what goes with it: "dirty" ranges; for KEPT "next_gfn", "keys_set" and "crc32", and "uncertain", the slice that the
+    what goes with it: "dirty" ranges; for KEPT "next_gfn", "keys_set" and "crc32", and "uncertain", the frames that the
     kernel stopped in the middle of, if it did; "enabled" where the guest uses storage keys since. Where the session
     ends otherwise the worker does by itself what is to be done.
     """
@@ -116,6 +116,8 @@ class KeyWriting:
                 "good, which the request must allow",
             )
         if options.validate_only:
+            if options.request_id:
+                self._session.require_unused(options.request_id, options.fingerprint)
             self._require_expected()
             return True
         begun = self._session.begin(options.request_id, options.fingerprint, keep=options.keep, resume=options.resume)
@@ -175,7 +177,7 @@ class KeyWriting:
             self._incomplete("Commit came before the keys of all ranges")
         self._require_resulting()
         if not self._options.validate_only:
-            done = self._session.commit()
+            done = self._session.commit(self.progress.keys_set, self.progress.crc32)
             self._committed = True
             self._require_whole(done)
         return self.progress
@@ -218,14 +220,13 @@ class KeyWriting:
         error.metadata["outcome"] = last.outcome.upper()
         if last.enabled:
             error.metadata["enabled"] = "true"
+        error.metadata.pop("uncertain", None)
         if last.outcome == "kept":
             error.metadata["next_gfn"] = hex(next_gfn)
             error.metadata["keys_set"] = str(last.keys_set)
             error.metadata["crc32"] = f"{last.crc32:#010x}"
-        else:
-            error.metadata.pop("uncertain", None)
         if last.dirty:
-            error.metadata["dirty"] = _listed(last.dirty)
+            error.metadata["uncertain" if last.outcome == "kept" else "dirty"] = _listed(last.dirty)
 
     def _end(self) -> LastWrite | None:
         # Each answer has one slice more rolled back, and the last says so: a worker that needs more turns is a liar.

@@ -1,44 +1,51 @@
 """The old keys of a SetSkeys until its Commit, so that it can be undone: a stack of slices, compressed.
 
-The first MEMORY_BYTES stay in memory. What comes after lies in a file without a name in the VM's directory: a worker's
-memory doesn't grow with its guest, and the file is gone with the process however it ends. At worst, with keys that
-can't be compressed, it takes one byte for each frame that is being set.
+Slices that are small are joined into one record. The first MEMORY_BYTES of records stay in memory. What comes after
+lies in a file without a name in the VM's directory: a worker's memory doesn't grow with its guest, and the file is gone
+with the process however it ends. At worst, with keys that can't be compressed, it takes one byte for each frame that is
+being set. Where each record lies, which frames it has and its checksum stay in memory, so that a record that is damaged
+keeps no other from being found.
 """
 
 from __future__ import annotations
 
 import os
-import struct
 import zlib
+from array import array
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Final
 
 from skeyd.errors import Reason, SkeydError, exhausted
 from skeyd.gfn import GfnRange
-from skeyd.storage_key import GFN_LIMIT, only_key
+from skeyd.storage_key import only_key
 
 MEMORY_BYTES: Final = 1 << 20
 """Bytes of compressed keys that stay in memory."""
 
-SLICE_MAX: Final = 1 << 20
-"""Most keys in a slice."""
+JOINED_KEYS: Final = 1 << 16
+"""Keys that make a record; slices that are smaller wait in memory, as they are, until there are so many."""
+
+JOINED_RANGES: Final = 4096
+"""Ranges of frames that make a record, however few keys they have."""
 
 _SAMPLE: Final = 4096
-"""Keys by which it is told whether a slice is worth compressing."""
-
-_TAIL = struct.Struct("=QIII")
-"""What follows a slice's packed keys, so that the stack is read from its end: first gfn, keys, packed bytes, CRC-32."""
+"""Keys by which it is told whether a record is worth compressing."""
 
 
 class JournalDamagedError(Exception):
-    """The file doesn't hold what was written to it. What lies below in the stack can't be found any more."""
+    """A record doesn't hold what was written to it. It is off the stack; what lies below it is as it was."""
+
+    def __init__(self, frames: list[GfnRange]) -> None:
+        super().__init__(f"the old keys of {', '.join(map(str, frames))} are damaged")
+        self.frames = frames
+        """Of that record."""
 
 
 class Journal:
     """A stack of (frames, keys). Synchronization: none; one thread owns it.
 
-    `open_file` makes the file, once memory is full.
+    Slices that follow one another are taken off as slices of the largest that was put on, at most: never more of them
+    than were put on. `open_file` makes the file, once memory is full.
     """
 
     def __init__(self, open_file: Callable[[], int]) -> None:
@@ -47,72 +54,95 @@ class Journal:
         self._fd = -1
         self._size = 0
         """Of the file."""
-        self._covered: list[GfnRange] = []
-        """All frames in it, slices that touch joined: what is lost should the file be."""
+        self._largest = 1
+        """Keys in the largest slice."""
+        self._keys = bytearray()
+        """Of the slices on top, which are in no record."""
+        self._ranges = array("Q")
+        """Of those: first frame and frames, in pairs."""
+        self._records = array("Q")
+        """Of each record: whether it is in the file, where it begins, its bytes, their CRC-32, and its ranges."""
+        self._recorded = array("Q")
+        """The ranges of all records, as those of the slices on top."""
 
     def push(self, frames: GfnRange, keys: bytes | bytearray | memoryview) -> None:
         """Put a slice on top.
 
-        SkeydError HOST_EXHAUSTED or WORKER_FAILED where the file doesn't take it; the stack is then as it was.
+        SkeydError HOST_EXHAUSTED or WORKER_FAILED where the file doesn't take what is to be written before that; the
+        stack is then as it was.
         """
-        packed = _pack(keys)
-        record = packed + _TAIL.pack(frames.start, frames.count, len(packed), zlib.crc32(packed))
-        if self._fd < 0 and len(self._memory) + len(record) <= MEMORY_BYTES:
-            self._memory += record
+        full = len(self._keys) + len(keys) > JOINED_KEYS or len(self._ranges) >= 2 * JOINED_RANGES
+        if self._ranges and full:
+            self._record(self._keys, self._ranges)
+            self._keys, self._ranges = bytearray(), array("Q")
+        if len(keys) >= JOINED_KEYS:
+            self._record(keys, array("Q", (frames.start, frames.count)))
         else:
-            self._write(record)
-        if self._covered and self._covered[-1].end == frames.start:
-            last = self._covered[-1]
-            self._covered[-1] = GfnRange(last.start, last.count + frames.count)
-        else:
-            self._covered.append(frames)
+            self._keys += keys
+            if self._ranges and self._ranges[-2] + self._ranges[-1] == frames.start:
+                self._ranges[-1] += frames.count
+            else:
+                self._ranges.extend((frames.start, frames.count))
+        self._largest = max(self._largest, frames.count)
 
     def pop(self) -> tuple[GfnRange, bytes] | None:
-        """Take the slice on top, or None. JournalDamagedError where it can't be read; `rest` has what it held."""
-        if self._size:
-            record_end, read = self._size, self._read
-        elif self._memory:
-            record_end, read = len(self._memory), self._recall
+        """Take the slice on top, or None. JournalDamagedError where its record can't be read, which is off then."""
+        if not self._ranges:
+            if not self._records:
+                return None
+            self._take_record()
+        start, frames = self._ranges[-2:]
+        count = min(frames, self._largest)
+        keys = bytes(self._keys[-count:])
+        del self._keys[-count:]
+        if count == frames:
+            del self._ranges[-2:]
         else:
-            return None
-        tail = read(record_end - _TAIL.size, _TAIL.size)
-        start, count, length, crc32 = _TAIL.unpack(tail)
-        at = record_end - _TAIL.size - length
-        if at < 0 or not 1 <= count <= SLICE_MAX:
-            raise JournalDamagedError
-        packed = read(at, length)
-        if zlib.crc32(packed) != crc32:
-            raise JournalDamagedError
-        if start + count > GFN_LIMIT:
-            raise JournalDamagedError
-        frames, keys = GfnRange(start, count), _unpack(packed, count)
-        self._forget(frames)
-        if self._size:
-            self._size = at
-        else:
-            del self._memory[at:]
-        return frames, keys
+            self._ranges[-1] = frames - count
+        return GfnRange(start + frames - count, count), keys
 
     def rest(self) -> list[GfnRange]:
-        """Return the frames of all slices that are still in it, ascending where they were pushed so."""
-        return list(self._covered)
+        """Return the frames of all slices that are still in it, those that touch joined where they were pushed so."""
+        return _joined([*_frames(self._recorded), *_frames(self._ranges)])
 
     def close(self) -> None:
         """Forget everything. Closing twice is fine."""
         self._memory = bytearray()
-        self._covered = []
+        self._keys = bytearray()
+        self._ranges, self._records, self._recorded = array("Q"), array("Q"), array("Q")
         self._size = 0
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
-    def _forget(self, frames: GfnRange) -> None:
-        last = self._covered.pop()
-        if last.end != frames.end or last.count < frames.count:
-            self._covered.append(last)
-            raise JournalDamagedError
-        if last.count > frames.count:
-            self._covered.append(GfnRange(last.start, last.count - frames.count))
+    def _record(self, keys: bytes | bytearray | memoryview, ranges: array[int]) -> None:
+        packed = _pack(keys)
+        in_file = self._fd >= 0 or len(self._memory) + len(packed) > MEMORY_BYTES
+        at = self._size if in_file else len(self._memory)
+        if in_file:
+            self._write(packed)
+        else:
+            self._memory += packed
+        self._records.extend((in_file, at, len(packed), zlib.crc32(packed), len(ranges) // 2))
+        self._recorded.extend(ranges)
+
+    def _take_record(self) -> None:
+        # Its slices become those on top. Where memory is too short for them they are still in the record.
+        in_file, at, length, crc32, count = self._records[-5:]
+        ranges = self._recorded[-2 * count :]
+        packed = self._read(at, length) if in_file else bytes(self._memory[at : at + length])
+        keys = None
+        if packed is not None and len(packed) == length and zlib.crc32(packed) == crc32:
+            keys = _unpack(packed, sum(ranges[1::2]))
+        del self._records[-5:]
+        del self._recorded[-2 * count :]
+        if in_file:
+            self._size = at
+        else:
+            del self._memory[at:]
+        if keys is None:
+            raise JournalDamagedError(_joined(_frames(ranges)))
+        self._keys, self._ranges = bytearray(keys), ranges
 
     def _write(self, record: bytes) -> None:
         try:
@@ -130,16 +160,26 @@ class Journal:
             raise exhausted(error) or failed from error
         self._size = at
 
-    def _read(self, at: int, length: int) -> bytes:
-        data = b""
-        with suppress(OSError):
-            data = os.pread(self._fd, length, at) if at >= 0 else b""
-        if len(data) != length:
-            raise JournalDamagedError
-        return data
+    def _read(self, at: int, length: int) -> bytes | None:
+        try:
+            return os.pread(self._fd, length, at)
+        except OSError:
+            return None
 
-    def _recall(self, at: int, length: int) -> bytes:
-        return bytes(self._memory[at : at + length])
+
+def _frames(ranges: array[int]) -> list[GfnRange]:
+    return [GfnRange(start, count) for start, count in zip(ranges[::2], ranges[1::2], strict=True)]
+
+
+def _joined(ranges: list[GfnRange]) -> list[GfnRange]:
+    joined: list[GfnRange] = []
+    for one in ranges:
+        if joined and joined[-1].end == one.start:
+            last = joined[-1]
+            joined[-1] = GfnRange(last.start, last.count + one.count)
+        else:
+            joined.append(one)
+    return joined
 
 
 def _pack(keys: bytes | bytearray | memoryview) -> bytes:
@@ -162,16 +202,14 @@ def _deflated(data: bytes) -> bytes:
     return packer.compress(data) + packer.flush()
 
 
-def _unpack(packed: bytes, count: int) -> bytes:
+def _unpack(packed: bytes, count: int) -> bytes | None:
     if len(packed) == count:
         return packed
     if len(packed) == 1:
         return packed * count
     try:
         unpacker = zlib.decompressobj()
-        keys = unpacker.decompress(packed, count)
+        keys = unpacker.decompress(packed, count + 1)
     except zlib.error:
-        raise JournalDamagedError from None
-    if len(keys) != count:
-        raise JournalDamagedError
-    return keys
+        return None
+    return keys if len(keys) == count and unpacker.eof else None

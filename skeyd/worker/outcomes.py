@@ -1,11 +1,13 @@
 """What a worker says of SetSkeys calls, and how it is written into the packets of skeyd.worker.protocol.
 
     front → worker   {"op": "begin", "request_id", "fingerprint", "keep", "resume"}      → {"ok": Begun}
-                     {"op": "commit"}                                                   → {"ok": Begun, "applied"}
+                     {"op": "require_unused", "request_id", "fingerprint"}              → {"ok": {}}
+                     {"op": "commit", "keys_set", "crc32"}                              → {"ok": Begun, "applied"}
                      {"op": "abandon"}                                                  → {"ok": {"last_write"?}}
 
-"set" requests between them are part of the call. "abandon" is sent again while the outcome is "rolling_back": each has
-one slice rolled back, so that no answer takes longer than that of a "set". The end of the connection does the same.
+"set" requests between them are part of the call. "commit" says what they were to set; where the worker has set
+something else the call ends without one. "abandon" is sent again while the outcome is "rolling_back": each has one
+slice rolled back, so that no answer takes longer than that of a "set". The end of the connection does the same.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ FINGERPRINT: Final = re.compile(r"[0-9a-f]{64}")
 DIRTY_RANGES: Final = 256
 """Most ranges that are listed; so many fit a packet."""
 
-_CRC_MAX: Final = (1 << 32) - 1
+CRC_MAX: Final = (1 << 32) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ class Begun:
             message.choice("state", STATES),
             keys_set,
             message.integer("repaired", 0, GFN_LIMIT),
-            message.integer("crc32", 0, _CRC_MAX),
+            message.integer("crc32", 0, CRC_MAX),
             message.boolean("enabled"),
         )
 
@@ -83,7 +85,8 @@ class LastWrite:
     end: int
     """The frame after the last of those; 0 where there is none."""
     dirty: tuple[GfnRange, ...] = ()
-    """Frames whose keys are neither known to be the old nor the new ones: ascending and apart."""
+    """Frames whose keys are neither known to be the old nor the new ones: ascending and apart. Of a call that is "kept"
+    those of the slice that the kernel stopped in the middle of."""
 
     def to_message(self) -> dict[str, Any]:
         """Write it down."""
@@ -108,13 +111,13 @@ class LastWrite:
         except SkeydError as error:
             raise ProtocolError(error.message) from None
         outcome = message.choice("outcome", OUTCOMES)
-        if (dirty and outcome not in ("dirty", "rolling_back")) or (outcome == "dirty" and not dirty):
+        if (dirty and outcome not in ("dirty", "rolling_back", "kept")) or (outcome == "dirty" and not dirty):
             raise ProtocolError(f"outcome {outcome} with {len(dirty)} dirty ranges")
         return cls(
             outcome,
             message.text("request_id", REQUEST_ID),
             message.integer("keys_set", 0, GFN_LIMIT),
-            message.integer("crc32", 0, _CRC_MAX),
+            message.integer("crc32", 0, CRC_MAX),
             message.boolean("enabled"),
             message.integer("end", 0, GFN_LIMIT),
             dirty,

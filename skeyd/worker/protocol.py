@@ -33,7 +33,7 @@ from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange, MemoryMap, MemorySlot
 from skeyd.storage_key import FRAME_SIZE, GFN_LIMIT
 
-PROTOCOL: Final = 2
+PROTOCOL: Final = 3
 """Raised with every change that an older peer would misread."""
 
 MESSAGE_MAX: Final = 64 * 1024

@@ -17,7 +17,7 @@ from skeyd.worker.backend import Backend
 from skeyd.worker.channel import Channel, close_all
 from skeyd.worker.keyops import KeyOps
 from skeyd.worker.keys import Keys
-from skeyd.worker.outcomes import FINGERPRINT, REQUEST_ID, Begun, LastWrite
+from skeyd.worker.outcomes import CRC_MAX, FINGERPRINT, REQUEST_ID, Begun, LastWrite
 from skeyd.worker.protocol import (
     BUFFER_BYTES,
     BUFFER_KEYS,
@@ -153,8 +153,15 @@ class Service:
                     request.boolean("keep"),
                 )
                 return self._transactions.begin(connection, call, request.boolean("resume")).to_message(), None
+            case "require_unused":
+                self._transactions.require_unused(
+                    request.text("request_id", REQUEST_ID), request.text("fingerprint", FINGERPRINT)
+                )
+                return {}, None
             case "commit":
-                done = self._transactions.commit(connection)
+                done = self._transactions.commit(
+                    connection, request.integer("keys_set", 0, GFN_LIMIT), request.integer("crc32", 0, CRC_MAX)
+                )
                 applied = Begun("applied", done.keys_set, done.repaired, done.crc32, done.enabled)
                 return applied.to_message(), None
             case "abandon":

@@ -73,6 +73,15 @@ class _Open:
         self.asked = resumed
         """The kernel was asked to set something, in this call or in the one that it goes on with."""
         self.dirty: list[GfnRange] = []
+        self.uncertain: list[GfnRange] = []
+        """What the kernel was asked to set and nobody knows whether it did."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    call: Call
+    done: Done
+    uncertain: tuple[GfnRange, ...]
 
 
 class Transactions:
@@ -85,7 +94,7 @@ class Transactions:
         self._keys = keys
         self._open_file = open_file
         self._open: _Open | None = None
-        self._kept: tuple[Call, Done] | None = None
+        self._kept: _Kept | None = None
         self._applied: OrderedDict[str, tuple[str, Done]] = OrderedDict()
         self.last_write: LastWrite | None = None
         """What became of the last call that set a key and has ended."""
@@ -114,27 +123,37 @@ class Transactions:
     def begin(self, owner: object, call: Call, resume: bool) -> Begun:
         """Begin a call, go on with one that was kept, or tell what one that was applied came to.
 
-        SkeydError VM_BUSY, REQUEST_ID_REUSED, NOTHING_TO_RESUME.
+        SkeydError VM_BUSY, REQUEST_ID_REUSED, NOTHING_TO_RESUME; REQUEST_INVALID: what is resumed keeps what it sets,
+        since there are no old keys of what was set before.
         """
+        if resume and not call.keep:
+            raise SkeydError(Reason.REQUEST_INVALID, "a call that is resumed can't be rolled back")
         if self._last_owner is owner:
             self._last_owner = None
         applied = self._applied.get(call.request_id) if call.request_id else None
         if applied is not None:
             fingerprint, done = applied
-            self._require_same(call, fingerprint)
+            _require_same(call.request_id, call.fingerprint, fingerprint)
             return _begun("applied", done)
         self.require_idle()
-        done = Done()
+        done, uncertain = Done(), list[GfnRange]()
         if resume:
-            if self._kept is None or not call.request_id or self._kept[0].request_id != call.request_id:
+            if self._kept is None or not call.request_id or self._kept.call.request_id != call.request_id:
                 raise SkeydError(
                     Reason.NOTHING_TO_RESUME,
                     f"no SetSkeys of request_id {call.request_id!r} was cut and kept, or another has set keys since",
                 )
-            self._require_same(call, self._kept[0].fingerprint)
-            done = self._kept[1]
+            _require_same(call.request_id, call.fingerprint, self._kept.call.fingerprint)
+            done, uncertain = self._kept.done, list(self._kept.uncertain)
         self._open = _Open(owner, call, None if call.keep else Journal(self._open_file), done, resume)
+        self._open.uncertain = uncertain
         return _begun("resumed" if resume else "begun", done)
+
+    def require_unused(self, request_id: str, fingerprint: str) -> None:
+        """REQUEST_ID_REUSED where another request of this id was applied."""
+        applied = self._applied.get(request_id)
+        if applied is not None:
+            _require_same(request_id, fingerprint, applied[0])
 
     def set(self, owner: object, frames: GfnRange, keys: bytes, allow_enable: bool) -> Written:
         """Set a slice of the owner's call, verified; before that, keep its old keys. As Keys.write, HOST_EXHAUSTED."""
@@ -152,18 +171,34 @@ class Transactions:
             current.journal.push(frames, old)
         current.asked = True
         self._kept = None
+        # Until it is known: whatever ends the write, the kernel may have set some of it.
+        current.uncertain = [*_without(current.uncertain, frames), frames]
         try:
             written = self._keys.write_checked(frames, keys, uses_keys)
         except SkeydError as error:
             if error.metadata.get("enabled") == "true":
                 current.done = replace(current.done, enabled=True)
             raise
+        current.uncertain.pop()
         current.done = current.done.plus(frames, keys, written)
         return written
 
-    def commit(self, owner: object) -> Done:
-        """End the owner's call: what it set stays, and the old keys are forgotten."""
+    def commit(self, owner: object, keys_set: int, crc32: int) -> Done:
+        """End the owner's call: what it set stays, and the old keys are forgotten.
+
+        SkeydError WORKER_FAILED where it set other keys than the owner believes, or the kernel stopped in the middle of
+        a slice that was not set again: it then ends as `abandon` has it.
+        """
         current = self._mine(owner)
+        done = current.done
+        if (done.keys_set, done.crc32) != (keys_set, crc32) or current.uncertain:
+            self.abandon(owner)
+            raise SkeydError(
+                Reason.WORKER_FAILED,
+                f"{done.keys_set} keys with CRC-32 {done.crc32:#010x} were set, not {keys_set} with {crc32:#010x}"
+                if not current.uncertain
+                else f"nobody knows the keys of {current.uncertain[0]}",
+            )
         if current.journal is not None:
             current.journal.close()
         self._open = None
@@ -202,9 +237,9 @@ class Transactions:
                 self._settle()
             else:
                 current.dirty += self._restore(*popped)
-        except JournalDamagedError:
-            current.dirty += journal.rest()
-            self._settle()
+        except JournalDamagedError as damaged:
+            # What lies below it is whole, and is set again all the same.
+            current.dirty += damaged.frames
         except Exception:
             current.dirty += [*journal.rest(), *([popped[0]] if popped else [])]
             self._settle()
@@ -227,12 +262,6 @@ class Transactions:
         if self._open is None or self._open.owner is not owner:
             raise SkeydError(Reason.WORKER_FAILED, "this connection has no SetSkeys to go on with")
         return self._open
-
-    def _require_same(self, call: Call, fingerprint: str) -> None:
-        if call.fingerprint != fingerprint:
-            raise SkeydError(
-                Reason.REQUEST_ID_REUSED, f"request_id {call.request_id!r} was that of another request on this VM"
-            )
 
     def _restore(self, frames: GfnRange, keys: bytes) -> list[GfnRange]:
         # The frames that the old keys could not be set for. One frame can keep all others of its slice from their keys,
@@ -280,7 +309,7 @@ class Transactions:
             return
         if current.journal is None:
             if current.call.request_id:
-                self._kept = (current.call, current.done)
+                self._kept = _Kept(current.call, current.done, tuple(current.uncertain))
             self._note("kept", current)
         else:
             self._note("dirty" if current.dirty else "rolled_back", current)
@@ -298,8 +327,24 @@ class Transactions:
             current.done.crc32,
             current.done.enabled,
             current.done.end,
-            tuple(_joined(current.dirty)),
+            tuple(_joined(current.uncertain if outcome == "kept" else current.dirty)),
         )
+
+
+def _require_same(request_id: str, fingerprint: str, before: str) -> None:
+    if fingerprint != before:
+        raise SkeydError(Reason.REQUEST_ID_REUSED, f"request_id {request_id!r} was that of another request on this VM")
+
+
+def _without(ranges: list[GfnRange], gone: GfnRange) -> list[GfnRange]:
+    left: list[GfnRange] = []
+    for one in ranges:
+        if one.start < gone.start:
+            left.append(GfnRange(one.start, min(one.end, gone.start) - one.start))
+        if one.end > gone.end:
+            start = max(one.start, gone.end)
+            left.append(GfnRange(start, one.end - start))
+    return left
 
 
 def _begun(state: str, done: Done) -> Begun:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -195,6 +196,7 @@ def test_a_set_that_broke_in_the_middle_says_how_far_it_came(liar: LyingDaemon) 
 
     def break_off(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[pb.SetSkeysResponse]:
         next(requests)
+        yield pb.SetSkeysResponse(begun=pb.SetSkeysResponse.Begun())
         yield pb.SetSkeysResponse(progress=pb.SetSkeysResponse.Progress(next_gfn=0x100, keys_set=256))
         status.abort(context, SkeydError(Reason.WORKER_LOST, "the worker was lost", how_far))
 
@@ -216,18 +218,37 @@ def test_a_set_that_broke_in_the_middle_says_how_far_it_came(liar: LyingDaemon) 
         [pb.SetSkeysResponse(progress=pb.SetSkeysResponse.Progress(next_gfn=4, keys_set=4))],
         [pb.SetSkeysResponse(result=pb.SetSkeysResponse.Result(keys_set=3))],
         [pb.SetSkeysResponse(result=pb.SetSkeysResponse.Result(keys_set=5))],
+        [pb.SetSkeysResponse(result=pb.SetSkeysResponse.Result(keys_set=4, crc32=1))],
     ],
-    ids=["nothing", "no-result", "too-few", "too-many"],
+    ids=["nothing", "no-result", "too-few", "too-many", "others"],
 )
 def test_a_result_that_doesnt_fit_what_was_sent_is_no_success(
     liar: LyingDaemon, answers: list[pb.SetSkeysResponse]
 ) -> None:
     def answer(requests: Iterator[pb.SetSkeysRequest], _: grpc.ServicerContext) -> Iterator[pb.SetSkeysResponse]:
+        next(requests)
+        yield pb.SetSkeysResponse(begun=pb.SetSkeysResponse.Begun())
         assert list(requests)
-        return iter(answers)
+        yield from answers
 
     liar.writing = answer
     check(lambda *more: skeyctl(liar.target, "keys", "set", "a", "0-3", "--acc", "1", *more), 4, "DAMAGED", "", {})
+
+
+def test_an_id_under_which_other_keys_were_set_is_no_success(liar: LyingDaemon) -> None:
+    result = pb.SetSkeysResponse.Result(
+        keys_set=4, outcome=pb.SetSkeysResponse.OUTCOME_APPLIED, crc32=zlib.crc32(b"\x10" * 4)
+    )
+    liar.writing = lambda *_: iter([pb.SetSkeysResponse(result=result)])
+    arguments = ("keys", "set", "a", "0-3", "--request-id", "job")
+    assert skeyctl(liar.target, *arguments, "--acc", "1").status == 0
+    check(
+        lambda *more: skeyctl(liar.target, *arguments, "--acc", "2", *more),
+        4,
+        "OTHER_KEYS",
+        "'job' was applied before with other keys",
+        {},
+    )
 
 
 @pytest.mark.parametrize(

@@ -55,10 +55,18 @@ def whole(keys: Skeyctl, holed: str, tmp_path: Path) -> Path:
 @pytest.fixture
 def paper(runtime_dir: Path) -> Iterator[Skeyctl]:
     """Run `skeyctl keys` on a daemon that has four keys of any VM and takes four keys: quicker than a VM."""
-    result = pb.SetSkeysResponse.Result(keys_set=4)
+    begun = pb.SetSkeysResponse(begun=pb.SetSkeysResponse.Begun())
+    result = pb.SetSkeysResponse.Result(keys_set=4, crc32=zlib.crc32(KEYS))
+
+    def write(requests: Iterator[pb.SetSkeysRequest], _: object) -> Iterator[pb.SetSkeysResponse]:
+        next(requests)
+        yield begun
+        if list(requests):
+            yield pb.SetSkeysResponse(result=result)
+
     with LyingDaemon(runtime_dir) as daemon:
         daemon.says(header((0, 4)), chunk(0, KEYS), trailer(KEYS))
-        daemon.writing = lambda requests, _: iter([pb.SetSkeysResponse(result=result)] if list(requests) else [])
+        daemon.writing = write
         yield lambda *arguments: skeyctl(daemon.target, "keys", *map(str, arguments))
 
 

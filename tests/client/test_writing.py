@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
-from skeyd.client import Client, ClientError, Keys, SetResult, StreamError, connect
+from skeyd.client import Client, ClientError, Keys, SetOptions, SetResult, StreamError, connect
 from skeyd.client.writing import CHUNK_KEYS, repeated
 from skeyd.gfn import GfnRange
 from skeyd.v1 import storage_key_service_pb2 as pb
@@ -119,8 +121,12 @@ def progress_of(keys_set: int) -> pb.SetSkeysResponse:
     return pb.SetSkeysResponse(progress=pb.SetSkeysResponse.Progress(next_gfn=keys_set, keys_set=keys_set))
 
 
-def result_of(keys_set: int) -> pb.SetSkeysResponse:
-    return pb.SetSkeysResponse(result=pb.SetSkeysResponse.Result(keys_set=keys_set))
+BEGUN = pb.SetSkeysResponse(begun=pb.SetSkeysResponse.Begun())
+SENT = zlib.crc32(FIRST.keys + SECOND.keys)
+
+
+def result_of(keys_set: int, crc32: int = SENT) -> pb.SetSkeysResponse:
+    return pb.SetSkeysResponse(result=pb.SetSkeysResponse.Result(keys_set=keys_set, crc32=crc32))
 
 
 LIES = {
@@ -130,26 +136,115 @@ LIES = {
     "fewer-keys": [progress_of(8), progress_of(16), result_of(15)],
     "more-keys": [result_of(17)],
     "no-keys": [result_of(0)],
+    "other-keys": [result_of(16, SENT ^ 1)],
+    "no-checksum": [result_of(16, 0)],
+    "the-keys-of-the-first-chunk": [result_of(16, zlib.crc32(FIRST.keys))],
 }
 
 
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("validate_only", [False, True])
 @pytest.mark.parametrize("answers", LIES.values(), ids=LIES)
 def test_a_stream_that_ends_well_without_saying_that_all_keys_are_set_is_an_error(
-    lying: LyingDaemon, answers: list[pb.SetSkeysResponse]
+    lying: LyingDaemon, answers: list[pb.SetSkeysResponse], validate_only: bool, begun: bool
 ) -> None:
     def writing(requests: Iterator[pb.SetSkeysRequest], _: grpc.ServicerContext) -> Iterator[pb.SetSkeysResponse]:
-        list(requests)
-        yield from answers
+        next(requests)
+        if begun:
+            yield BEGUN
+            list(requests)
+        for answer in answers:
+            if validate_only and answer.WhichOneof("part") == "result":
+                answer.result.outcome = pb.SetSkeysResponse.OUTCOME_VALIDATED
+            yield answer
 
     lying.writing = writing
     with connect(lying.target) as client, pytest.raises(StreamError):
-        client.set_skeys("vms/a", ALL, [FIRST, SECOND])
+        client.set_skeys("vms/a", ALL, [FIRST, SECOND], SetOptions(validate_only=validate_only))
+
+
+def test_a_result_before_all_keys_were_sent_is_an_error(lying: LyingDaemon) -> None:
+    over = threading.Event()
+
+    def writing(requests: Iterator[pb.SetSkeysRequest], _: grpc.ServicerContext) -> Iterator[pb.SetSkeysResponse]:
+        next(requests)
+        yield from (BEGUN, result_of(16))
+
+    def chunks() -> Iterator[Keys]:
+        yield FIRST
+        over.wait(30)
+        yield SECOND
+
+    lying.writing = writing
+    with connect(lying.target) as client:
+        with pytest.raises(StreamError, match="before all were sent"):
+            client.set_skeys("vms/a", ALL, chunks())
+        over.set()
+
+
+@pytest.mark.parametrize(
+    "options", [SetOptions(), SetOptions(request_id="a", validate_only=True)], ids=["no-id", "validate"]
+)
+def test_a_result_without_begun_needs_a_request_that_can_be_remembered(lying: LyingDaemon, options: SetOptions) -> None:
+    answer = result_of(16)
+    answer.result.outcome = (
+        pb.SetSkeysResponse.OUTCOME_VALIDATED if options.validate_only else pb.SetSkeysResponse.OUTCOME_APPLIED
+    )
+    lying.writing = lambda *_: iter([answer])
+    with connect(lying.target) as client, pytest.raises(StreamError, match="without Begun"):
+        client.set_skeys("vms/a", ALL, [FIRST, SECOND], options)
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [BEGUN, BEGUN, result_of(16)],
+        [progress_of(8), BEGUN, result_of(16)],
+        [BEGUN, result_of(16), result_of(16)],
+        [BEGUN, result_of(16), progress_of(16)],
+        [result_of(16), BEGUN],
+    ],
+)
+def test_answers_in_another_order_are_an_error(lying: LyingDaemon, answers: list[pb.SetSkeysResponse]) -> None:
+    def writing(requests: Iterator[pb.SetSkeysRequest], _: grpc.ServicerContext) -> Iterator[pb.SetSkeysResponse]:
+        next(requests)
+        for number, answer in enumerate(answers):
+            yield answer
+            if number == 0 and answer == BEGUN:
+                list(requests)
+
+    lying.writing = writing
+    with connect(lying.target) as client, pytest.raises(StreamError, match="wrong place"):
+        client.set_skeys("vms/a", ALL, [FIRST, SECOND], SetOptions(request_id="a"))
+
+
+def test_no_chunk_is_asked_for_before_the_daemon_has_begun(lying: LyingDaemon) -> None:
+    asked = threading.Event()
+    seen: list[bool] = []
+
+    def writing(requests: Iterator[pb.SetSkeysRequest], _: grpc.ServicerContext) -> Iterator[pb.SetSkeysResponse]:
+        next(requests)
+        seen.append(asked.is_set())
+        yield BEGUN
+        list(requests)
+        yield result_of(16)
+
+    def chunks() -> Iterator[Keys]:
+        asked.set()
+        yield from (FIRST, SECOND)
+
+    lying.writing = writing
+    with connect(lying.target) as client:
+        assert client.set_skeys("vms/a", ALL, chunks()).keys_set == 16
+    assert seen == [False]
 
 
 def test_what_is_sent_is_the_contract(lying: LyingDaemon) -> None:
     sent: list[pb.SetSkeysRequest] = []
 
     def writing(requests: Iterator[pb.SetSkeysRequest], _: grpc.ServicerContext) -> Iterator[pb.SetSkeysResponse]:
+        sent.append(next(requests))
+        yield BEGUN
         sent.extend(requests)
         yield result_of(16)
 

@@ -34,9 +34,16 @@ SAFETIES: Final = (
     Safety(
         "old keys in the journal have a checksum",
         "worker/journal.py",
-        "if zlib.crc32(packed) != crc32:",
-        "if False:",
+        "len(packed) == length and zlib.crc32(packed) == crc32",
+        "len(packed) == length",
         "worker/test_journal.py::test_a_damaged_file_gives_no_keys_and_says_which_are_lost",
+    ),
+    Safety(
+        "old keys that are damaged keep no others from being set again",
+        "worker/transactions.py",
+        "            current.dirty += damaged.frames\n",
+        "            current.dirty += [*damaged.frames, *journal.rest()]\n            self._settle()\n",
+        "worker/test_transactions.py::test_old_keys_that_are_damaged_are_dirty_frames_and_all_others_are_set_again",
     ),
     Safety(
         "what was set is read back",
@@ -110,9 +117,23 @@ SAFETIES: Final = (
     Safety(
         "a request_id stands for one request",
         "worker/transactions.py",
-        "        if call.fingerprint != fingerprint:\n",
-        "        if False:\n",
+        "    if fingerprint != before:\n",
+        "    if False:\n",
         "worker/test_transactions.py::test_a_request_id_stands_for_one_request",
+    ),
+    Safety(
+        "what is committed is what the front wanted set",
+        "worker/transactions.py",
+        "(done.keys_set, done.crc32) != (keys_set, crc32)",
+        "False",
+        "worker/test_transactions.py::test_a_commit_of_other_keys_than_were_set_is_refused_and_taken_back",
+    ),
+    Safety(
+        "frames that the kernel stopped in the middle of are named",
+        "worker/transactions.py",
+        'current.uncertain if outcome == "kept" else current.dirty',
+        "current.dirty",
+        "worker/test_transactions.py::test_a_kept_call_names_the_frames_that_the_kernel_stopped_in_the_middle_of",
     ),
     Safety(
         "an answer that came too late is taken for no other",

@@ -20,7 +20,7 @@ from skeyd.worker.transactions import Transactions
 from tests.faults import nonsense
 from tests.faults.trigger import Trigger
 
-JOURNAL_MEMORY_BYTES: Final = 200
+JOURNAL_MEMORY_BYTES: Final = 70
 """So that a journal's first slices lie in memory and the others in its file."""
 
 
@@ -53,6 +53,7 @@ def install(directory_fd: int) -> None:
     vm_id = os.readlink(f"/proc/self/fd/{directory_fd}").rpartition("/")[2]  # noqa: PTH115
     points = Points(Trigger(f"worker-{vm_id}", "../..", directory_fd))
     journal.MEMORY_BYTES = JOURNAL_MEMORY_BYTES  # type: ignore[misc]
+    journal.JOINED_KEYS = 1  # type: ignore[misc]  # so that each slice is a record
     for backend in (SimulatedVm, OwnedVm):
         _wrap(backend, "get_skeys", functools.partial(_around_get, points))
         _wrap(backend, "set_skeys", functools.partial(_around_set, points))
@@ -159,7 +160,7 @@ def _around_read(points: Points, original: Callable[..., bytes], fd: int, length
         raise OSError(number, os.strerror(number))
     data = original(fd, length, at)
     if action == "damage":
-        return data[:3] + bytes([data[3] ^ 0x40]) + data[4:]
+        return data[:-1] + bytes([data[-1] ^ 0x40])
     if action == "cut":
         return data[:-1]
     points.trigger.at("rollback.read.after")

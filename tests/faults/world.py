@@ -566,16 +566,18 @@ class Case:
         plan, told, frames = self.plan, self.told, self.plan.frames()
         assert plan.keep
         done = last.keys_set
+        # Where the kernel stopped in the middle of a slice, all who ask are told of it.
+        unsure = [gfn for one in last.dirty for gfn in range(one.start_gfn, one.start_gfn + one.count)]
+        assert not unsure or unsure == list(range(unsure[0], unsure[0] + len(unsure)))
+        assert len(unsure) <= SLICE_KEYS
+        assert set(unsure) <= set(frames[done:])
         assert acc_f(_at(now, frames[:done])) == acc_f(plan.keys[:done])
         if done:
             assert last.next_gfn == frames[done - 1] + 1
         if self._is_known:
             assert (told.keys_set, told.crc32) == (done, zlib.crc32(plan.keys[:done])), told
             assert int(told.metadata["next_gfn"], 16) == [*frames, frames[-1] + 1][done]
-            # Where the kernel stopped in the middle of a slice the error names it.
-            unsure = _frames_of(told.metadata.get("uncertain", ""))
-        else:
-            unsure = frames[done : done + SLICE_KEYS]
+            assert _frames_of(told.metadata.get("uncertain", "")) == unsure
         rest = [gfn for gfn in range(FRAMES) if gfn not in {*frames[:done], *unsure}]
         self.world.require_equal(self.guest, _at(now, rest), _at(old, rest), "keys after those that were kept")
 

@@ -122,7 +122,6 @@ def test_a_call_that_goes_on_expects_nothing_of_what_it_has_changed_itself(stubs
         "on_interrupt": pb.ON_INTERRUPT_KEEP,
         "request_id": "goes-on",
         "expected_digest": digest(OLD),
-        "resulting_digest": digest(NEW),
     }
     _, error = stubs.send(*new_keys(vm, **options)[:2])
     assert error is not None
@@ -138,6 +137,25 @@ def test_a_call_that_goes_on_expects_nothing_of_what_it_has_changed_itself(stubs
     answers, error = stubs.send(first)
     assert error is None
     assert parts(answers) == ["result"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"validate_only": True}, {"request_id": "x", "resume": True}, {"resulting_digest": pb.KeysDigest()}],
+    ids=["plain", "validate", "resume", "empty"],
+)
+def test_keys_that_are_kept_whatever_comes_of_it_have_no_digest_to_result(
+    stubs: Stubs, vm: str, more: dict[str, object]
+) -> None:
+    options = {"on_interrupt": pb.ON_INTERRUPT_KEEP, "resulting_digest": digest(OLD), **more}
+    answers, error = stubs.send(*new_keys(vm, **options))
+    assert error is not None
+    assert (error.code, error.reason) == (INVALID, "REQUEST_INVALID")
+    assert error.metadata["field"] == "resulting_digest"
+    assert "resulting_digest" in error.message
+    assert "ON_INTERRUPT_KEEP" in error.message
+    assert answers == []
+    assert keys_of(stubs, vm) == OLD
 
 
 @pytest.mark.parametrize("field", ["expected_digest", "resulting_digest"])

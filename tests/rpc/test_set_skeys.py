@@ -473,6 +473,69 @@ def test_a_request_that_was_applied_is_answered_again_and_not_applied_again(stub
     assert error.metadata["outcome"] == "UNCHANGED"
 
 
+@pytest.mark.parametrize("validate_only", [False, True])
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"ranges": [(0x100, 9)]},
+        {"ranges": [(0x100, 4), (0x104, 4)]},
+        {"allow_enable": False},
+        {"on_interrupt": KEEP},
+        {"on_interrupt": pb.ON_INTERRUPT_ROLL_BACK},
+        {"expected_digest": pb.KeysDigest(sha256=bytes(32))},
+        {"resulting_digest": pb.KeysDigest(sha256=bytes(32))},
+    ],
+    ids=lambda other: "-".join(f"{name}" for name in other),
+)
+def test_a_request_id_of_another_header_is_refused_whether_it_is_validated_or_set(
+    stubs: Stubs, vm: str, other: dict[str, Any], validate_only: bool
+) -> None:
+    name = f"reused-{new_id()}"
+    stubs.set(vm, [(0x100, GOOD)], request_id=name)
+    last = stubs.look_at(vm).last_write
+    fields = {"ranges": [(0x100, 8)], "allow_enable": True, **other}
+    wanted = fields.pop("ranges")
+    request = header(vm, *wanted, request_id=name, validate_only=validate_only, **fields)
+    answers, error = stubs.send(request, chunk(0x100, GOOD), commit())
+    assert error is not None
+    assert (error.code, error.reason) == (INVALID, "REQUEST_ID_REUSED")
+    assert error.metadata["outcome"] == "UNCHANGED"
+    assert answers == []
+    assert stubs.look_at(vm).last_write == last
+
+
+def test_what_is_only_validated_is_never_answered_as_if_it_were_applied(stubs: Stubs, vm: str) -> None:
+    name = f"validated-{new_id()}"
+    rehearsal = header(vm, (0x100, 8), allow_enable=True, request_id=name, validate_only=True)
+
+    def rehearse() -> None:
+        answers, error = stubs.send(rehearsal, chunk(0x100, GOOD), commit())
+        assert error is None
+        assert parts(answers) == ["begun", "progress", "result"]
+        assert answers[-1].result.outcome == pb.SetSkeysResponse.OUTCOME_VALIDATED
+
+    rehearse()
+    assert stubs.get(vm).keys == BEFORE
+    # It is not remembered, and does not keep the same request from being applied.
+    assert stubs.set(vm, [(0x100, GOOD)], request_id=name).outcome == pb.SetSkeysResponse.OUTCOME_APPLIED
+    assert stubs.get(vm).keys == GOOD + BEFORE[8:]
+    rehearse()
+    _, error = stubs.send(rehearsal, chunk(0x100, GOOD[:7] + b"\x01"))
+    assert error is not None
+    assert error.reason == "KEY_RESERVED_BIT"
+
+
+def test_how_a_request_is_made_is_no_part_of_what_its_id_stands_for(stubs: Stubs, vm: str) -> None:
+    name = f"slower-{new_id()}"
+    first = stubs.set(vm, [(0x100, GOOD)], request_id=name)
+    for milliseconds in (1, 5):
+        again = header(vm, (0x100, 8), allow_enable=True, request_id=name)
+        again.header.max_slice_time.FromMilliseconds(milliseconds)
+        answers, error = stubs.send(again)
+        assert error is None
+        assert [one.result for one in answers] == [first]
+
+
 def test_a_request_that_was_rolled_back_is_applied_when_it_is_sent_again(stubs: Stubs, vm: str) -> None:
     name = f"rolled-back-{new_id()}"
     _, error = stubs.send(header(vm, (0x100, 8), request_id=name), chunk(0x100, GOOD))

@@ -44,6 +44,10 @@ class FakeSession(Session):
         """By number of the write, counted from 0: what it raises."""
         self.calls: list[str] = []
         """What was said of the call as a whole: begin, commit, abandon."""
+        self.committed: tuple[int, int] | None = None
+        """What the commit said was set: keys, and their CRC-32."""
+        self.reused: SkeydError | None = None
+        """What is said of a request_id that is to be unused."""
         self.begun = Begun("begun", 0, 0, 0, False)
         """What the next begin answers."""
         self.outcomes: list[LastWrite | SkeydError | None] = []
@@ -87,9 +91,16 @@ class FakeSession(Session):
         self._applied = replace(self.begun, state="applied")
         return self.begun
 
-    def commit(self) -> Begun:
+    def require_unused(self, request_id: str, fingerprint: str) -> None:
+        """As a session does."""
+        self.calls.append(f"require_unused {request_id} {fingerprint}")
+        if self.reused is not None:
+            raise self.reused
+
+    def commit(self, keys_set: int, crc32: int) -> Begun:
         """As a session does."""
         self.calls.append("commit")
+        self.committed = (keys_set, crc32)
         return self._applied
 
     def abandon(self) -> LastWrite | None:

@@ -261,6 +261,14 @@ def _begin(session: Session) -> Begun:
     return session.begin("mine", "0" * 64, keep=True, resume=False)
 
 
+def _commit(session: Session) -> Begun:
+    return session.commit(8, 2)
+
+
+def _require_unused(session: Session) -> None:
+    session.require_unused("mine", "f" * 64)
+
+
 def _begin_nameless(session: Session) -> Begun:
     return session.begin("", "0" * 64, keep=True, resume=True)
 
@@ -299,8 +307,9 @@ BAD_ANSWERS: list[tuple[str, Use, dict[str, Any] | bytes]] = [
     *(("begin", _begin, {"ok": {**BEGUN, **bad}}) for bad in BAD_BEGUN),
     # What has no name can't have been applied before.
     ("begin", _begin_nameless, {"ok": {**BEGUN, "state": "applied"}}),
-    *(("commit", Session.commit, answer) for answer in NO_ANSWER),
-    *(("commit", Session.commit, {"ok": {**BEGUN, "state": state}}) for state in ("kept", "begun", "resumed")),
+    *(("commit", _commit, answer) for answer in NO_ANSWER),
+    *(("require_unused", _require_unused, answer) for answer in NO_ANSWER if answer != {"ok": {}}),
+    *(("commit", _commit, {"ok": {**BEGUN, "state": state}}) for state in ("kept", "begun", "resumed")),
     *(("abandon", Session.abandon, answer) for answer in NO_ANSWER if answer != {"ok": {}}),
     *(("abandon", Session.abandon, {"ok": {"last_write": last}}) for last in NO_LAST),
 ]
@@ -342,7 +351,8 @@ USES: list[tuple[str, Use]] = [
     ("keyop", _sske),
     ("shutdown", Session.shut_down),
     ("begin", _begin),
-    ("commit", Session.commit),
+    ("commit", _commit),
+    ("require_unused", _require_unused),
     ("abandon", Session.abandon),
 ]
 
@@ -707,13 +717,28 @@ def test_a_call_begins_as_the_worker_says(runtime_dir: Path, begun: Begun, resum
     def script(caller: Caller) -> None:
         caller.say(hello())
         asked.append(caller.answer("begin", {"ok": begun.to_message()}))
-        caller.answer("commit", {"ok": Begun("applied", 8, 1, 2, True).to_message()})
+        asked.append(caller.answer("commit", {"ok": Begun("applied", 8, 1, 2, True).to_message()}))
         caller.wait_for_end()
 
     with FakeWorker(runtime_dir, script), _session(runtime_dir) as session:
         assert session.begin("mine", "f" * 64, keep=False, resume=resume) == begun
-        assert session.commit() == Begun("applied", 8, 1, 2, True)
-    assert asked == [{"op": "begin", "request_id": "mine", "fingerprint": "f" * 64, "keep": False, "resume": resume}]
+        assert session.commit(8, 2) == Begun("applied", 8, 1, 2, True)
+    assert asked == [
+        {"op": "begin", "request_id": "mine", "fingerprint": "f" * 64, "keep": False, "resume": resume},
+        {"op": "commit", "keys_set": 8, "crc32": 2},
+    ]
+
+
+def test_a_worker_is_asked_whether_a_request_id_is_that_of_another(runtime_dir: Path) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def script(caller: Caller) -> None:
+        caller.say(hello())
+        asked.append(caller.answer("require_unused", {"ok": {}}))
+
+    with FakeWorker(runtime_dir, script), _session(runtime_dir) as session:
+        _require_unused(session)
+    assert asked == [{"op": "require_unused", "request_id": "mine", "fingerprint": "f" * 64}]
 
 
 def test_what_became_of_a_call_is_what_the_worker_says(runtime_dir: Path) -> None:

@@ -20,7 +20,7 @@ from skeyd.vms.registry import Registry
 from skeyd.vms.runtime import RuntimeDirectory
 from skeyd.vms.session import Session
 from skeyd.vms.starter import ChildStarter
-from skeyd.vms.writing import KeyWriting, Progress, WriteOptions
+from skeyd.vms.writing import KeysDigest, KeyWriting, Progress, WriteOptions
 from skeyd.worker.outcomes import Begun, LastWrite
 from skeyd.worker.protocol import SLICE_KEYS
 from tests.examples import examples
@@ -121,6 +121,7 @@ def test_progress_says_where_the_next_chunk_begins_and_what_was_done() -> None:
     assert _chunk(ours, 0x110, b"\x50\x60") == Progress(0x112, 6, 3, enabled=True, crc32=third)
     assert ours.commit() == Progress(0x112, 6, 3, enabled=True, crc32=third)
     assert session.calls == ["begin", "commit"]
+    assert session.committed == (6, third)
     assert [(frames, keys) for frames, keys, _ in session.written] == [
         (GfnRange(0x100, 2), b"\x10\x20"),
         (GfnRange(0x102, 2), b"\x30\x40"),
@@ -278,9 +279,10 @@ SLICE = bytes(FIRST_KEYS)
             {"gfn": "0x1", "outcome": "DIRTY", "dirty": "0x40001-0x40002,0x40010-0x40010"},
         ),
         (
-            _kept(SLICE),
+            _kept(SLICE, dirty=(GfnRange(0x4001, 2), GfnRange(0x4010, 1))),
             {
-                **UNCERTAIN,
+                "gfn": "0x1",
+                "uncertain": "0x4001-0x4002,0x4010-0x4010",
                 "outcome": "KEPT",
                 "next_gfn": hex(FIRST_KEYS),
                 "keys_set": str(FIRST_KEYS),
@@ -468,8 +470,8 @@ def test_what_is_no_refusal_is_left_to_the_end_of_the_session() -> None:
 @pytest.mark.parametrize("lie", [{"keys_set": 3}, {"keys_set": 5}, {"crc32": 1}])
 def test_a_worker_that_has_applied_something_else_is_not_believed(lie: dict[str, int]) -> None:
     class Lying(FakeSession):
-        def commit(self) -> Begun:
-            return replace(super().commit(), **lie)  # type: ignore[arg-type]
+        def commit(self, keys_set: int, crc32: int) -> Begun:
+            return replace(super().commit(keys_set, crc32), **lie)  # type: ignore[arg-type]
 
     session = Lying(MEMORY)
     ours = _writing(session, (0x100, 4))
@@ -509,6 +511,53 @@ def test_what_is_only_validated_is_refused_as_ever() -> None:
     assert refused.reason is Reason.STREAM_INCOMPLETE
     assert refused.metadata == {"outcome": "UNCHANGED"}
     assert (session.written, session.calls) == ([], [])
+
+
+def test_the_request_id_of_another_request_is_refused_where_it_is_only_validated_too() -> None:
+    session = FakeSession(MEMORY)
+    options: dict[str, Any] = {"validate_only": True, "request_id": "mine", "fingerprint": "7" * 64}
+    ours = _writing(session, (0x100, 4), **options)
+    assert session.calls == ["require_unused mine " + "7" * 64]
+    _chunk(ours, 0x100, bytes(4))
+    assert ours.commit().keys_set == 4
+    session.reused = SkeydError(Reason.REQUEST_ID_REUSED, "no")
+    ours = _new(session, (0x100, 4), **options)
+    refused = _told(ours, ours.begin)
+    assert (refused.reason, refused.metadata) == (Reason.REQUEST_ID_REUSED, {"outcome": "UNCHANGED"})
+
+
+# --- who waits no more ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["expected", "resulting"])
+@pytest.mark.parametrize("after", [0, 1])
+def test_keys_that_nobody_waits_for_any_more_are_not_digested_to_the_end(which: str, after: int) -> None:
+    class Gone(Exception):  # noqa: N818  (says what happened)
+        pass
+
+    session = FakeSession((0, 4 * SLICE_KEYS))
+    ranges = Ranges(GfnRange(start, 16) for start in range(0, 512, 128))
+    looks: list[int] = []
+
+    def still_wanted() -> None:
+        looks.append(len(session.read))
+        if len(looks) > after:
+            raise Gone
+
+    options = {which: KeysDigest(bytes(32), False)}
+    ours = KeyWriting(session, ranges, WriteOptions(**options), still_wanted)  # type: ignore[arg-type]
+
+    def use() -> None:
+        ours.begin()
+        for one in ranges:
+            _chunk(ours, one.start, bytes(one.count))
+        ours.commit()
+
+    with pytest.raises(Gone):
+        use()
+    assert len(looks) == after + 1
+    assert len(session.read) <= after + 1, "nothing more is read"
+    assert "commit" not in session.calls
 
 
 # --- requests that were sent before --------------------------------------------------------------------------------

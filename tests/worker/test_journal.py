@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
-import struct
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -79,10 +79,15 @@ def test_what_was_pushed_last_comes_first_and_as_it_was(keys: bytes) -> None:
     assert ours.rest() == []
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40), st.integers(0, 3)), max_size=30), st.integers(0, 400))
-@settings(max_examples=examples(200), deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40), st.integers(0, 3)), max_size=30),
+    st.integers(0, 400),
+    st.sampled_from([1, 10, 50, 1 << 16]),
+    st.sampled_from([1, 2, 4096]),
+)
+@settings(max_examples=examples(300), deadline=None)
 def test_any_stack_comes_back_whether_in_memory_or_in_a_file(
-    pushed: list[tuple[int, int, int]], memory_bytes: int
+    pushed: list[tuple[int, int, int]], memory_bytes: int, joined_keys: int, joined_ranges: int
 ) -> None:
     made: list[int] = []
 
@@ -90,25 +95,77 @@ def test_any_stack_comes_back_whether_in_memory_or_in_a_file(
         made.append(os.memfd_create("journal"))
         return made[-1]
 
-    before, journal.MEMORY_BYTES = journal.MEMORY_BYTES, memory_bytes  # type: ignore[misc]  # to meet both
-    try:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(journal, "MEMORY_BYTES", memory_bytes)
+        patched.setattr(journal, "JOINED_KEYS", joined_keys)
+        patched.setattr(journal, "JOINED_RANGES", joined_ranges)
         ours = Journal(open_file)
-        expected, gfn = [], 0
+        expected: list[tuple[int, int]] = []
+        gfn = 0
         for gap, count, kind in pushed:
             frames = GfnRange(gfn + gap, count)
             keys = some_keys(count, kind) if kind else b"\x50" * count
             ours.push(frames, keys)
-            expected.append((frames, keys))
+            expected += zip(range(frames.start, frames.end), keys, strict=True)
             gfn = frames.end
-        assert sum(one.count for one in ours.rest()) == sum(frames.count for frames, _ in expected)
-        while expected:
-            assert ours.pop() == expected.pop()
-            assert sum(one.count for one in ours.rest()) == sum(frames.count for frames, _ in expected)
-        assert ours.pop() is None
+        assert sum(one.count for one in ours.rest()) == len(expected)
+        pops = 0
+        while (popped := ours.pop()) is not None:
+            frames, keys = popped
+            pops += 1
+            assert frames.count <= max(count for _, count, _ in pushed)
+            assert expected[-frames.count :] == list(zip(range(frames.start, frames.end), keys, strict=True))
+            del expected[-frames.count :]
+            assert sum(one.count for one in ours.rest()) == len(expected)
+        assert expected == []
+        assert pops <= len(pushed)
         ours.close()
-    finally:
-        journal.MEMORY_BYTES = before  # type: ignore[misc]
     assert len(made) <= 1
+
+
+def test_slices_that_overlap_come_back_last_first() -> None:
+    ours = Journal(no_file)
+    slices = [(GfnRange(0, 4), b"\x10\x20\x30\x40"), (GfnRange(2, 2), b"\x50\x60"), (GfnRange(2, 1), b"\x70")]
+    for one in slices:
+        ours.push(*one)
+    assert [ours.pop() for _ in range(4)] == [*reversed(slices), None]
+
+
+@pytest.mark.parametrize("size", [1, 7, 256])
+@pytest.mark.parametrize("kind", ["random", "one key"])
+def test_small_slices_cost_no_more_than_large_ones(size: int, kind: str) -> None:
+    ours = Journal(no_file)
+    frames = 3 << 16
+    keys = some_keys(frames) if kind == "random" else b"\x30" * frames
+    before = memory_of(ours)
+    for at in range(0, frames, size):
+        ours.push(GfnRange(at, min(size, frames - at)), keys[at : at + size])
+        # What waits to be joined is bounded.
+        assert len(ours._keys) <= journal.JOINED_KEYS
+    cost = memory_of(ours) - before
+    assert cost < (1.01 * frames if kind == "random" else 1.01 * journal.JOINED_KEYS)
+    at = frames
+    while (popped := ours.pop()) is not None:
+        at -= popped[0].count
+        assert popped == (GfnRange(at, popped[0].count), keys[at : at + popped[0].count])
+    assert at == 0
+
+
+def test_ranges_that_wait_to_be_joined_are_bounded() -> None:
+    ours = Journal(no_file)
+    count = 4 * journal.JOINED_RANGES
+    for gfn in range(0, 2 * count, 2):
+        ours.push(GfnRange(gfn, 1), bytes([gfn % 256]))
+        assert len(ours._ranges) <= 2 * journal.JOINED_RANGES
+    assert memory_of(ours) < 24 * count
+    for gfn in reversed(range(0, 2 * count, 2)):
+        assert ours.pop() == (GfnRange(gfn, 1), bytes([gfn % 256]))
+
+
+def memory_of(ours: Journal) -> int:
+    """Bytes that a journal holds in memory."""
+    held = (ours._memory, ours._keys)
+    return sum(map(len, held)) + sum(one.itemsize * len(one) for one in (ours._ranges, ours._records, ours._recorded))
 
 
 def test_what_memory_does_not_hold_goes_into_one_file_without_a_name(disk: Disk) -> None:
@@ -139,7 +196,9 @@ def test_keys_in_runs_never_reach_a_file() -> None:
 def test_keys_are_compressed_where_that_is_worth_it(keys: bytes, most: int) -> None:
     ours = Journal(no_file)
     ours.push(GfnRange(0, len(keys)), keys)
-    assert len(ours._memory) <= most + 20
+    ours.push(GfnRange(1 << 20, 1 << 16), bytes(1 << 16))
+    assert len(ours._memory) <= most + 1
+    assert ours.pop() == (GfnRange(1 << 20, 1 << 16), bytes(1 << 16))
     assert ours.pop() == (GfnRange(0, len(keys)), keys)
 
 
@@ -208,42 +267,94 @@ def _flip(at: int) -> Callable[[int], None]:
     return flip
 
 
-def _tail(**changes: int) -> Callable[[int], None]:
-    # A tail that fits its packed keys and lies.
-    def lie(fd: int) -> None:
-        size = os.fstat(fd).st_size
-        form = struct.Struct("=QIII")
-        fields = dict(zip(("start", "count", "length", "crc32"), form.unpack(os.pread(fd, 20, size - 20)), strict=True))
-        os.pwrite(fd, form.pack(*{**fields, **changes}.values()), size - 20)
-
-    return lie
+MIB = 1 << 20
 
 
 @pytest.mark.parametrize(
-    "harm",
+    ("harm", "lost"),
     [
-        _cut,
-        lambda fd: os.ftruncate(fd, 0),
-        _flip(-1),
-        _flip(-21),
-        _flip(-500_000),
-        _tail(count=0),
-        _tail(count=1),
-        _tail(count=(1 << 20) + 1),
-        _tail(start=5),
-        _tail(start=(1 << 64) - 1),
-        _tail(length=0),
-        _tail(length=(1 << 32) - 1),
+        (_cut, {2}),
+        (lambda fd: os.ftruncate(fd, 0), {0, 1, 2}),
+        (lambda fd: os.ftruncate(fd, MIB), {1, 2}),
+        (_flip(-1), {2}),
+        (_flip(-MIB), {2}),
+        (_flip(-MIB - 1), {1}),
+        (_flip(-3 * MIB), {0}),
     ],
 )
-def test_a_damaged_file_gives_no_keys_and_says_which_are_lost(disk: Disk, harm: Callable[[int], None]) -> None:
+def test_a_damaged_file_gives_no_keys_and_says_which_are_lost(
+    disk: Disk, harm: Callable[[int], None], lost: set[int]
+) -> None:
     ours = Journal(disk.open)
-    keys = some_keys(1 << 20)
-    ours.push(GfnRange(0, 1 << 20), keys)
-    ours.push(GfnRange(1 << 20, 1 << 20), keys)
-    assert len(disk.fds) == 1
-    harm(disk.fds[0])
-    with pytest.raises(JournalDamagedError):
-        ours.pop()
-    assert GfnRange(0, 2 << 20) in ours.rest()
+    below = (GfnRange(9 * MIB, 5), b"\x10\x20\x30\x40\x50")
+    ours.push(*below)
+    slices = [(GfnRange(number * MIB, MIB), some_keys(MIB, number)) for number in range(3)]
+    for one in slices:
+        ours.push(*one)
+    (fd,) = disk.fds
+    assert os.fstat(fd).st_size == 3 * MIB
+    harm(fd)
+    for number in (2, 1, 0):
+        if number in lost:
+            with pytest.raises(JournalDamagedError) as damaged:
+                ours.pop()
+            assert damaged.value.frames == [slices[number][0]]
+            assert str(slices[number][0]) in str(damaged.value)
+        else:
+            assert ours.pop() == slices[number]
+        assert ours.rest() == [below[0], *([GfnRange(0, number * MIB)] if number else [])]
+    assert ours.pop() == below
+    assert ours.pop() is None
     ours.close()
+
+
+def test_a_file_that_cant_be_read_loses_one_record_at_a_time(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = Journal(disk.open)
+    slices = [(GfnRange(number * MIB, MIB), some_keys(MIB, number)) for number in range(3)]
+    for one in slices:
+        ours.push(*one)
+
+    def broken(*_: int) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pread", broken)
+        with pytest.raises(JournalDamagedError) as damaged:
+            ours.pop()
+        assert damaged.value.frames == [slices[2][0]]
+    assert ours.pop() == slices[1]
+    ours.close()
+
+
+def test_a_record_that_there_is_no_memory_for_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = Journal(no_file)
+    whole = (GfnRange(5, MIB), b"\x10\x20" * (MIB // 2))
+    ours.push(*whole)
+
+    def short(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(journal, "_unpack", short)
+        with pytest.raises(MemoryError):
+            ours.pop()
+    assert ours.rest() == [whole[0]]
+    assert ours.pop() == whole
+
+
+@pytest.mark.parametrize("packed", [b"", b"no zlib", zlib.compress(b"\x10" * 99), zlib.compress(b"\x10" * 101)[:-9]])
+def test_a_record_whose_keys_are_not_as_many_as_its_frames_gives_none(
+    monkeypatch: pytest.MonkeyPatch, packed: bytes
+) -> None:
+    ours = Journal(no_file)
+    monkeypatch.setattr(journal, "JOINED_KEYS", 1)
+    ours.push(GfnRange(0, 3), b"\x10\x20\x30")
+    with monkeypatch.context() as patched:
+        patched.setattr(journal, "_pack", lambda _: packed)
+        ours.push(GfnRange(3, 50), bytes(50))
+        ours.push(GfnRange(53, 50), bytes(50))
+    for start in (53, 3):
+        with pytest.raises(JournalDamagedError) as damaged:
+            ours.pop()
+        assert damaged.value.frames == [GfnRange(start, 50)]
+    assert ours.pop() == (GfnRange(0, 3), b"\x10\x20\x30")

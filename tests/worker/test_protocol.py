@@ -76,7 +76,7 @@ BAD_BACKING = ["", "ANONYMOUS", "hugetlb", "anonymous\n"]
 
 BAD: dict[str, dict[tuple[str | int, ...], list[Any]]] = {
     "spec": {
-        ("protocol",): [*NO_INTEGER, 0, 1, 3, -1],
+        ("protocol",): [*NO_INTEGER, 0, 1, 2, 4, -1],
         ("id",): [*NO_TEXT, *BAD_ID],
         ("uid",): [*NO_TEXT, *BAD_UID],
         ("kind",): [*NO_TEXT, *BAD_KIND],
@@ -89,7 +89,7 @@ BAD: dict[str, dict[tuple[str | int, ...], list[Any]]] = {
         ("slots", 1, "path"): [*NO_TEXT, LONG],
     },
     "hello": {
-        ("protocol",): [*NO_INTEGER, 0, 1, 3, -1],
+        ("protocol",): [*NO_INTEGER, 0, 1, 2, 4, -1],
         ("id",): [*NO_TEXT, *BAD_ID],
         ("uid",): [*NO_TEXT, *BAD_UID],
         ("incarnation",): [*NO_TEXT, "", "0" * 31, "0" * 33, "G" * 32, "A" * 32, "0" * 32 + "\n"],
@@ -219,6 +219,7 @@ def test_a_hello_arrives_as_it_was_written(hello: Hello) -> None:
 
 
 _counts = st.integers(0, 1 << 64)
+WITHOUT_DIRTY = ["applied", "rolled_back"]
 _crcs = st.integers(0, (1 << 32) - 1)
 
 
@@ -238,7 +239,9 @@ def test_how_far_a_call_has_come_arrives_as_it_was_written(begun: Begun) -> None
             _crcs,
             st.booleans(),
             _counts,
-            st.lists(_frames, min_size=outcome == "dirty", max_size=5 if "dirty" in outcome else 0).map(tuple),
+            st.lists(
+                _frames, min_size=outcome == "dirty", max_size=5 if outcome in ("dirty", "rolling_back", "kept") else 0
+            ).map(tuple),
         )
     )
 )
@@ -254,8 +257,8 @@ def test_as_many_dirty_ranges_as_there_may_be_fit_a_packet() -> None:
     assert LastWrite.from_message(take_answer(decode(encode(answer), "it")).object("last_write")) == last
 
 
-@pytest.mark.parametrize("outcome", ["applied", "rolled_back", "kept"])
-def test_only_what_is_dirty_has_dirty_frames(outcome: str) -> None:
+@pytest.mark.parametrize("outcome", WITHOUT_DIRTY)
+def test_only_what_is_dirty_or_kept_has_dirty_frames(outcome: str) -> None:
     with pytest.raises(ProtocolError, match=f"outcome {outcome} with 2 dirty ranges"):
         LastWrite.from_message(_over_the_wire({**LAST_WRITE.to_message(), "outcome": outcome}))
 

@@ -8,8 +8,10 @@ import os
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,8 @@ import pytest
 from skeyd.gfn import GfnRange
 from skeyd.kvm.errors import KvmError
 from skeyd.kvm.vm import Vm
-from skeyd.linux import open_unnamed
-from skeyd.worker import journal
+from skeyd.linux import open_unnamed, peer_of
+from skeyd.worker import journal, service
 from skeyd.worker.backend import Backend
 from skeyd.worker.protocol import BUFFER_BYTES, BUFFER_KEYS, SOCKET, Hello
 from skeyd.worker.service import Service
@@ -302,12 +304,12 @@ def test_the_end_of_a_call_decides_what_stays(runtime_dir: Path, end: str, keep:
                 front.socket.send(b"garbage")
                 assert front.is_hung_up_on()
             elif end == "commit":
-                assert front.ok(op="commit")["keys_set"] == 150
+                assert front.ok(op="commit", keys_set=150, crc32=zlib.crc32(b"\xf8" * 150))["keys_set"] == 150
             elif end == "abandon":
                 # Each of them has at least a slice of it done, and says whether that is all.
                 outcomes = [front.ok(op="abandon")["last_write"]["outcome"] for _ in range(1 if keep else 4)]
                 assert (outcomes[0], outcomes[-1]) == (("kept",) * 2 if keep else ("rolling_back", "rolled_back"))
-                assert front.refused(op="commit") == "WORKER_FAILED"
+                assert front.refused(op="commit", keys_set=0, crc32=0) == "WORKER_FAILED"
         outcome = "applied" if end == "commit" else "kept" if keep else "rolled_back"
         assert _settled(other) == outcome
         new = before if outcome == "rolled_back" else b"\xf8" * 50 + before[50:60] + b"\xf8" * 90 + before[150:]
@@ -338,10 +340,60 @@ def test_a_call_is_its_connections_and_nobody_elses(runtime_dir: Path, op: str) 
     ):
         front.ok(**BEGIN)
         _set(front, buffers, 0, b"\x10")
-        reason = other.refused(op=op, buffer=0, offset=0, start=0, count=1, allow_enable=True)
+        reason = other.refused(op=op, buffer=0, offset=0, start=0, count=1, allow_enable=True, keys_set=0, crc32=0)
         assert reason == ("WORKER_FAILED" if op == "commit" else "VM_BUSY")
         assert other.ok(op="abandon") == {}
-        assert front.ok(op="commit")["keys_set"] == 1
+        assert front.ok(op="commit", keys_set=1, crc32=zlib.crc32(b"\x10"))["keys_set"] == 1
+
+
+@pytest.mark.parametrize("lie", [{"keys_set": 7}, {"keys_set": 9}, {"crc32": 1}])
+def test_a_commit_of_what_was_not_set_is_refused_and_taken_back(runtime_dir: Path, lie: dict[str, int]) -> None:
+    with _serving(runtime_dir, Recording()), _attached(runtime_dir) as (front, buffers):
+        front.ok(**BEGIN)
+        for start in (0, 4):
+            _set(front, buffers, start, b"\x10" * 4)
+        commit = {"op": "commit", "keys_set": 8, "crc32": zlib.crc32(b"\x10" * 8), **lie}
+        assert front.refused(**commit) == "WORKER_FAILED"
+        # By itself: the front says nothing more.
+        assert _settled(front) == "rolled_back"
+        assert front.ok(op="abandon")["last_write"]["outcome"] == "rolled_back"
+        assert _keys(front, buffers, 0, 8) == bytes(8)
+
+
+@pytest.mark.parametrize(
+    "bad", [{}, {"keys_set": 0}, {"crc32": 0}, {"keys_set": -1, "crc32": 0}, {"keys_set": 0, "crc32": 1 << 32}]
+)
+def test_a_commit_says_what_it_is_of(runtime_dir: Path, bad: dict[str, int]) -> None:
+    with _serving(runtime_dir, Recording()), _met(runtime_dir) as front:
+        front.ok(**BEGIN)
+        front.say(op="commit", **bad)
+        assert front.is_hung_up_on()
+
+
+def test_a_front_can_ask_whether_a_request_id_is_that_of_another(runtime_dir: Path) -> None:
+    with _serving(runtime_dir, Recording()), _met(runtime_dir) as front:
+        asked = {"op": "require_unused", "request_id": "mine", "fingerprint": "1" * 64}
+        assert front.ok(**asked) == {}
+        front.ok(**{**BEGIN, "request_id": "mine"})
+        assert front.ok(op="commit", keys_set=0, crc32=0)["state"] == "applied"
+        assert front.refused(**asked) == "REQUEST_ID_REUSED"
+        assert front.ok(**{**asked, "fingerprint": "0" * 64}) == {}
+        front.say(**{**asked, "fingerprint": "1"})
+        assert front.is_hung_up_on()
+
+
+@pytest.mark.parametrize(("uid", "is_served"), [(0, True), (None, True), (54321, False)])
+def test_only_root_and_its_own_user_are_answered(
+    runtime_dir: Path, monkeypatch: pytest.MonkeyPatch, uid: int | None, is_served: bool
+) -> None:
+    own = 12345
+    monkeypatch.setattr(os, "geteuid", lambda: own)
+    monkeypatch.setattr(service, "peer_of", lambda one: replace(peer_of(one), uid=own if uid is None else uid))
+    with _serving(runtime_dir, Recording()), Front(runtime_dir) as front:
+        hello = front.take()
+        assert (hello is not None) == is_served
+        if is_served:
+            assert front.ok(op="status")["uses_keys"] is False
 
 
 def test_old_keys_that_the_kernel_refuses_are_dirty_and_the_others_are_back(runtime_dir: Path) -> None:
@@ -382,7 +434,7 @@ def test_old_keys_that_cant_be_kept_keep_the_new_ones_from_being_set(runtime_dir
     old = os.urandom(512).translate(bytes(key & 0xFE for key in range(256)))
     with _serving(runtime_dir, backend, full), _attached(runtime_dir) as (front, buffers):
         assert "ok" in _set(front, buffers, 512, old)
-        with mock.patch.object(journal, "MEMORY_BYTES", 100):
+        with mock.patch.object(journal, "MEMORY_BYTES", 100), mock.patch.object(journal, "JOINED_KEYS", 1):
             front.ok(**BEGIN)
             assert "ok" in _set(front, buffers, 0, b"\x10" * 512)  # old keys of one value take next to no room
             sets = backend.sets()
@@ -397,7 +449,7 @@ def test_old_keys_that_memory_has_no_room_for_come_back_from_the_file(runtime_di
     old = os.urandom(1024).translate(bytes(key & 0xFE for key in range(256)))
     with _serving(runtime_dir, Recording()), _attached(runtime_dir) as (front, buffers):
         assert "ok" in _set(front, buffers, 0, old)
-        with mock.patch.object(journal, "MEMORY_BYTES", 100):
+        with mock.patch.object(journal, "MEMORY_BYTES", 100), mock.patch.object(journal, "JOINED_KEYS", 1):
             front.ok(**BEGIN)
             for start in (0, 256, 300, 700):
                 assert "ok" in _set(front, buffers, start, b"\x10" * 256)

@@ -18,17 +18,17 @@ from skeyd.gfn import GfnRange
 from skeyd.kvm.errors import KvmError
 from skeyd.worker import transactions
 from skeyd.worker.backend import Backend
-from skeyd.worker.journal import Journal, JournalDamagedError
+from skeyd.worker.journal import Journal
 from skeyd.worker.keys import Keys
 from skeyd.worker.outcomes import DIRTY_RANGES, Begun, LastWrite
-from skeyd.worker.transactions import REMEMBERED, Call, Transactions
+from skeyd.worker.transactions import REMEMBERED, Call, Done, Transactions
 from tests.examples import examples
 from tests.worker.backends import Recording
 
 FRAMES = 1024
 """Of the VM that most tests have: one slot of 4 MiB."""
 WHOLE = GfnRange(0, FRAMES)
-OLD = bytes(random.Random(1).choice(b"\x00\x16\x38\x52\xf4") for _ in range(FRAMES))  # noqa: S311  no secret
+OLD = bytes(random.Random(1).choices(b"\x00\x16\x38\x52\xf4", k=FRAMES))  # noqa: S311  no secret
 GENERATIONS = ("4.19", "7.0", "7.2")
 ROLL_BACK = Call("", "0" * 64, keep=False)
 KEEP = Call("job-1", "1" * 64, keep=True)
@@ -62,6 +62,12 @@ class Guest:
         """Set a slice."""
         self.calls.set(owner, GfnRange(start, len(keys)), keys, allow_enable)
 
+    def commit(self, owner: object = "a") -> Done:
+        """Commit what was set, whatever it was."""
+        current = self.calls._open
+        done = current.done if current is not None else Done()
+        return self.calls.commit(owner, done.keys_set, done.crc32)
+
     def settle(self, owner: object = "a") -> LastWrite | None:
         """End the call without a commit, and do all that is then to be done."""
         self.calls.abandon(owner)
@@ -91,7 +97,7 @@ def test_a_call_that_is_committed_stays(kernel: str) -> None:
     guest = Guest(kernel=kernel)
     guest.begin()
     guest.set(0, b"\x90" * 300)
-    done = guest.calls.commit("a")
+    done = guest.commit()
     assert (done.keys_set, done.crc32, done.enabled, done.end) == (300, zlib.crc32(b"\x90" * 300), False, 300)
     assert guest.settle() == guest.calls.last_write
     assert guest.read() == b"\x90" * 300 + OLD[300:]
@@ -155,6 +161,28 @@ def test_keys_are_not_enabled_unless_that_is_allowed_and_nothing_is_undone_then(
     assert not guest.keys.uses_keys()
 
 
+@pytest.mark.parametrize(("keys_set", "crc32"), [(299, None), (301, None), (300, 1), (0, 0)])
+@pytest.mark.parametrize("call", [ROLL_BACK, Call("job-1", "1" * 64, keep=False), KEEP])
+def test_a_commit_of_other_keys_than_were_set_is_refused_and_taken_back(
+    call: Call, keys_set: int, crc32: int | None
+) -> None:
+    guest = Guest()
+    guest.begin(call)
+    guest.set(0, b"\x90" * 300)
+    with pytest.raises(SkeydError, match=f"300 keys with .* were set, not {keys_set}") as refused:
+        guest.calls.commit("a", keys_set, zlib.crc32(b"\x90" * 300) if crc32 is None else crc32)
+    assert refused.value.reason is Reason.WORKER_FAILED
+    # It is over, whatever its owner does next.
+    assert not guest.calls.owned_by("a")
+    while guest.calls.rolling_back:
+        guest.calls.step()
+    last = guest.calls.outcome_for("a")
+    assert last is not None
+    assert (last.outcome, last.keys_set) == ("kept" if call.keep else "rolled_back", 300)
+    assert guest.read() == (b"\x90" * 300 + OLD[300:] if call.keep else OLD)
+    assert guest.begin(call, "b").state == "begun", "it was not applied"
+
+
 # --- one at a time -------------------------------------------------------------------------------------------------
 
 
@@ -183,7 +211,7 @@ def test_a_call_is_its_owners_alone() -> None:
     assert not guest.calls.owned_by("b")
     ways: list[Callable[[], object]] = [
         lambda: guest.set(1, b"\x90", owner="b"),
-        lambda: guest.calls.commit("b"),
+        lambda: guest.commit("b"),
     ]
     for way in ways:
         with pytest.raises(SkeydError) as refused:
@@ -193,7 +221,7 @@ def test_a_call_is_its_owners_alone() -> None:
     assert guest.calls.owned_by("a")
     guest.settle()
     with pytest.raises(SkeydError):
-        guest.calls.commit("a")
+        guest.commit()
     assert not guest.calls.owned_by("a")
 
 
@@ -248,7 +276,7 @@ def test_frames_that_the_kernel_keeps_from_their_old_keys_are_named_and_all_othe
     backend = Stubborn()
     guest = Guest(backend)
     guest.begin()
-    new = bytes(0x10 + key for key in OLD.translate(bytes(byte & 0xE8 for byte in range(256))))
+    new = bytes((key ^ 0x40) & 0xF8 for key in OLD)
     guest.set(0, new)
     backend.bad = bad
     last = guest.settle()
@@ -384,10 +412,27 @@ def test_old_keys_that_cant_be_kept_refuse_the_slice_before_the_kernel_is_asked(
     assert found == old + old
 
 
-@pytest.mark.parametrize("error", [JournalDamagedError(), MemoryError()])
-def test_old_keys_that_are_lost_are_dirty_frames_and_never_made_up(
-    error: Exception, monkeypatch: pytest.MonkeyPatch
+def test_old_keys_that_are_damaged_are_dirty_frames_and_all_others_are_set_again(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("skeyd.worker.journal.JOINED_KEYS", 1)
+    guest = Guest()
+    guest.begin()
+    for start in (0, 100, 300, 400):
+        guest.set(start, b"\x90" * 100)
+    journal = guest.calls._open.journal if guest.calls._open else None
+    assert journal is not None
+    # The first byte of the second record, and of the last.
+    records = [journal._records[at : at + 5] for at in range(0, len(journal._records), 5)]
+    for _, at, _, _, _ in (records[1], records[3]):
+        journal._memory[at + 8] ^= 0x10
+    last = guest.settle()
+    assert last is not None
+    assert (last.outcome, last.dirty) == ("dirty", (GfnRange(100, 100), GfnRange(400, 100)))
+    assert guest.read() == OLD[:100] + b"\x90" * 100 + OLD[200:400] + b"\x90" * 100 + OLD[500:]
+
+
+def test_old_keys_that_are_lost_are_dirty_frames_and_never_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
     guest = Guest()
     guest.begin()
     guest.set(0, b"\x90" * 100)
@@ -397,14 +442,11 @@ def test_old_keys_that_are_lost_are_dirty_frames_and_never_made_up(
     guest.calls.step()
 
     def broken(_: Journal) -> None:
-        raise error
+        raise MemoryError
 
     monkeypatch.setattr(Journal, "pop", broken)
-    if isinstance(error, JournalDamagedError):
+    with pytest.raises(MemoryError):
         guest.calls.step()
-    else:
-        with pytest.raises(MemoryError):
-            guest.calls.step()
     assert not guest.calls.rolling_back
     last = guest.calls.last_write
     assert last is not None
@@ -471,9 +513,89 @@ def test_a_call_that_was_kept_goes_on_where_it_was() -> None:
     guest.settle("b")
     assert guest.begin(KEEP, owner="c", resume=True).keys_set == 150
     guest.set(150, b"\xb0" * 10, owner="c")
-    done = guest.calls.commit("c")
+    done = guest.commit("c")
     assert (done.keys_set, done.crc32) == (160, zlib.crc32(b"\x90" * 100 + b"\xa0" * 50 + b"\xb0" * 10))
     assert guest.read()[:160] == b"\x90" * 100 + b"\xa0" * 50 + b"\xb0" * 10
+
+
+@pytest.mark.parametrize("error", [KvmError("KVM_S390_SET_SKEYS", errno.EFAULT), ZeroDivisionError()])
+def test_a_kept_call_names_the_frames_that_the_kernel_stopped_in_the_middle_of(error: Exception) -> None:
+    class Stopping(Stubborn):
+        stops = False
+
+        def set_skeys(self, start_gfn: int, buffer: memoryview) -> None:
+            if self.stops:
+                super().set_skeys(start_gfn, buffer[: len(buffer) // 2])
+                raise error
+            super().set_skeys(start_gfn, buffer)
+
+    backend = Stopping()
+    guest = Guest(backend)
+    guest.begin(KEEP)
+    guest.set(0, b"\x90" * 100)
+    backend.stops = True
+    with pytest.raises((SkeydError, ZeroDivisionError)):
+        guest.set(100, b"\xa0" * 100)
+    last = guest.settle()
+    assert last is not None
+    assert (last.outcome, last.keys_set, last.end, last.dirty) == ("kept", 100, 100, (GfnRange(100, 100),))
+    # Until they are set: a call that goes on and is cut again leaves what it didn't come to.
+    backend.stops = False
+    for set_, left in ((0, (GfnRange(100, 100),)), (30, (GfnRange(130, 70),)), (10, (GfnRange(140, 60),))):
+        begun = guest.begin(KEEP, resume=True)
+        if set_:
+            guest.set(begun.keys_set, b"\xa0" * set_)
+        last = guest.settle()
+        assert last is not None
+        assert (last.outcome, last.dirty) == ("kept", left)
+    guest.begin(KEEP, resume=True)
+    guest.set(140, b"\xa0" * 100)
+    last = guest.settle()
+    assert last is not None
+    assert (last.outcome, last.keys_set, last.dirty) == ("kept", 240, ())
+    guest.begin(KEEP, resume=True)
+    assert guest.commit().keys_set == 240
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_slice_that_the_kernel_stopped_in_the_middle_of_is_never_committed(keep: bool) -> None:
+    backend = Stubborn()
+    guest = Guest(backend)
+    guest.begin(KEEP if keep else ROLL_BACK)
+    guest.set(0, b"\x90" * 100)
+    backend.bad = {150}
+    with pytest.raises(SkeydError):
+        guest.set(100, b"\xa0" * 100)
+    with pytest.raises(SkeydError, match="nobody knows the keys of 0x64-0xc7"):
+        guest.commit()
+    backend.bad = set()
+    last = guest.settle()
+    assert last is not None
+    assert last.outcome == ("kept" if keep else "rolled_back")
+    assert last.dirty == ((GfnRange(100, 100),) if keep else ())
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(1, 20)), max_size=5),
+    st.tuples(st.integers(0, 40), st.integers(1, 20)),
+)
+def test_what_is_left_of_ranges_without_one(ranges: list[tuple[int, int]], gone: tuple[int, int]) -> None:
+    left = transactions._without([GfnRange(*one) for one in ranges], GfnRange(*gone))
+    taken = set(range(gone[0], sum(gone)))
+    wanted = [gfn for start, count in ranges for gfn in range(start, start + count) if gfn not in taken]
+    assert [gfn for one in left for gfn in range(one.start, one.end)] == wanted
+
+
+def test_a_call_that_is_resumed_cant_be_one_that_rolls_back() -> None:
+    guest = Guest()
+    guest.begin(KEEP)
+    guest.set(0, b"\x90" * 100)
+    guest.settle()
+    with pytest.raises(SkeydError, match="can't be rolled back") as refused:
+        guest.begin(Call("job-1", "1" * 64, keep=False), resume=True)
+    assert refused.value.reason is Reason.REQUEST_INVALID
+    guest.calls.require_idle()
+    assert guest.begin(KEEP, resume=True).keys_set == 100
 
 
 def test_a_call_that_goes_on_and_is_cut_before_it_sets_anything_can_go_on_again() -> None:
@@ -489,7 +611,7 @@ def test_a_call_that_goes_on_and_is_cut_before_it_sets_anything_can_go_on_again(
 def _another_call(guest: Guest) -> None:
     guest.begin(Call("other", "2" * 64, keep=True))
     guest.set(0, b"\x20")
-    guest.calls.commit("a")
+    guest.commit()
 
 
 def _one_key(guest: Guest) -> None:
@@ -498,7 +620,7 @@ def _one_key(guest: Guest) -> None:
 
 def _its_own_end(guest: Guest) -> None:
     guest.begin(KEEP, resume=True)
-    guest.calls.commit("a")
+    guest.commit()
 
 
 @pytest.mark.parametrize("between", [_another_call, _one_key])
@@ -537,7 +659,7 @@ def test_a_request_that_was_applied_is_answered_alike_and_not_applied_again() ->
     call = Call("id", "5" * 64, keep=False)
     guest.begin(call)
     guest.set(0, b"\x90" * 100)
-    guest.calls.commit("a")
+    guest.commit()
     _another_call(guest)
     for owner in ("b", "c"):
         assert guest.begin(call, owner) == Begun("applied", 100, 0, zlib.crc32(b"\x90" * 100), False)
@@ -551,10 +673,23 @@ def test_a_request_that_was_applied_is_answered_alike_and_not_applied_again() ->
 def test_a_request_id_stands_for_one_request() -> None:
     guest = Guest()
     guest.begin(Call("id", "5" * 64, keep=False))
-    guest.calls.commit("a")
+    guest.commit()
     with pytest.raises(SkeydError) as refused:
         guest.begin(Call("id", "6" * 64, keep=False))
     assert refused.value.reason is Reason.REQUEST_ID_REUSED
+
+
+def test_it_can_be_asked_whether_a_request_id_is_that_of_another() -> None:
+    guest = Guest()
+    guest.begin(Call("id", "5" * 64, keep=False))
+    guest.calls.require_unused("id", "6" * 64)
+    guest.commit()
+    guest.calls.require_unused("id", "5" * 64)
+    guest.calls.require_unused("", "6" * 64)
+    with pytest.raises(SkeydError, match="'id'") as refused:
+        guest.calls.require_unused("id", "6" * 64)
+    assert refused.value.reason is Reason.REQUEST_ID_REUSED
+    assert guest.begin(owner="b").state == "begun", "nothing was begun by asking"
 
 
 def test_a_request_that_was_rolled_back_may_be_sent_again() -> None:
@@ -565,7 +700,7 @@ def test_a_request_that_was_rolled_back_may_be_sent_again() -> None:
     guest.settle()
     assert guest.begin(call).state == "begun"
     guest.set(0, b"\x90" * 100)
-    guest.calls.commit("a")
+    guest.commit()
     assert guest.begin(call).state == "applied"
 
 
@@ -573,7 +708,7 @@ def test_the_last_requests_are_remembered_and_those_before_are_not() -> None:
     guest = Guest()
     for number in range(REMEMBERED + 1):
         guest.begin(Call(str(number), "5" * 64, keep=False))
-        guest.calls.commit("a")
+        guest.commit()
     assert guest.begin(Call("1", "5" * 64, keep=False)).state == "applied"
     assert guest.begin(Call("0", "5" * 64, keep=False)).state == "begun"
 
@@ -583,7 +718,7 @@ def test_a_call_without_an_id_is_never_taken_for_another() -> None:
     for _ in range(2):
         assert guest.begin().state == "begun"
         guest.set(0, b"\x90")
-        guest.calls.commit("a")
+        guest.commit()
 
 
 def test_old_keys_take_no_descriptor_that_outlives_the_call(tmp_path: Path, open_fds: None) -> None:
@@ -601,7 +736,7 @@ def test_old_keys_take_no_descriptor_that_outlives_the_call(tmp_path: Path, open
             calls.begin("a", ROLL_BACK, False)
             calls.set("a", GfnRange(0, 1 << 17), old, False)
             if commit:
-                calls.commit("a")
+                calls.commit("a", 1 << 17, zlib.crc32(old))
             calls.abandon("a")
             while calls.rolling_back:
                 calls.step()
