@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 import sys
 from array import array
-from collections.abc import Iterator
 from functools import lru_cache
 from itertools import repeat
 from operator import add, itemgetter, mul, sub
 from typing import Final
+
+from skeyd.encoding.sample import Pieces, sample
 
 RUN_MAX: Final = 65_536
 """Most keys in a run as it is written."""
@@ -39,10 +40,10 @@ def encode_one(key: int, count: int) -> bytes:
     return _little_endian(array("H", lengths)).tobytes() + _SINGLES[key] * len(lengths)
 
 
-def guess(keys: bytes | memoryview) -> float:
-    """Guess from a sample which part of its size `keys`, not empty, would have as runs. Some microseconds."""
+def guess(keys: Pieces) -> float:
+    """Guess from a sample which part of their size keys would have as runs. Some microseconds."""
     looked, runs = 0, 0
-    for part in _sample(keys):
+    for part in sample(keys, _SAMPLES, _SAMPLE_KEYS):
         numbers = int.from_bytes(part, "little")
         # A byte is zero where its key has the same one before it.
         marks = (numbers ^ numbers << 8).to_bytes(len(part) + 1, "little")[1:-1]
@@ -88,14 +89,9 @@ def _repeated(key: int, count: int) -> bytes:
     return _SINGLES[key] * count
 
 
-def _sample(keys: bytes | memoryview) -> Iterator[bytes | memoryview]:
-    for at in range(0, len(keys), max(_SAMPLE_KEYS, len(keys) // _SAMPLES)):
-        yield keys[at : at + _SAMPLE_KEYS]
-
-
 def _pattern(keys: bytes) -> re.Pattern[bytes]:
     # What finds the runs fastest is an expression with one branch for each key that there is.
-    seen = set().union(*_sample(keys))
+    seen = set().union(*sample((keys,), _SAMPLES, _SAMPLE_KEYS))
     while unseen := keys.translate(None, bytes(seen)):
         seen.update(unseen[:_BLOCK_KEYS])
     return re.compile(b"|".join(re.escape(_SINGLES[key]) + b"+" for key in sorted(seen)))

@@ -126,7 +126,7 @@ def test_random_keys_are_given_up_long_before_their_end(monkeypatch: pytest.Monk
     ids=["one", "one-key-throughout", "random", "runs-of-64", "alternating"],
 )
 def test_a_guess_is_near_the_truth(keys: bytes, least: float, most: float) -> None:
-    assert least <= guess(keys) <= most
+    assert least <= guess((keys,)) <= most
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from skeyd import limits
 from skeyd.client import Gap, Keys, Position
 from skeyd.gfn import GfnRange
 from skeyd.v1 import storage_key_service_pb2 as pb
@@ -86,6 +87,24 @@ def test_a_stream_that_is_cut_after_any_message_goes_on_byte_for_byte(
             assert [one.SerializeToString() for one in _stream(stubs, request)] == [
                 one.SerializeToString() for one in (header, *parts[cut:], trailer)
             ]
+
+
+@pytest.mark.parametrize("encodings", [[pb.ENCODING_ZSTD], [pb.ENCODING_RUNS], [pb.ENCODING_RUNS, pb.ENCODING_ZSTD]])
+def test_a_chunk_that_is_read_into_another_place_has_the_same_encoding(
+    stubs: Stubs, new_vm: NewVm, encodings: list[pb.Encoding]
+) -> None:
+    # The second chunk is read past the end of the front's memory when it comes after the first. Whether it is worth an
+    # encoding depends on where one looks.
+    chunk = limits.MAX_CHUNK_KEYS
+    keys = bytes(chunk) + b"\x10" * 600_000 + some_keys(chunk - 600_000)
+    vm = new_vm((0, len(keys) // 256))
+    stubs.set(vm, [(at, keys[at : at + chunk]) for at in range(0, len(keys), chunk)])
+    request = pb.GetSkeysRequest(vm=vm, max_chunk_keys=chunk, encodings=encodings)
+    header, _, second, trailer = _stream(stubs, request)
+    request.resume.gfn = chunk
+    request.resume.incarnation = header.header.incarnation
+    request.resume.crc32 = zlib.crc32(keys[:chunk])
+    assert _stream(stubs, request) == [header, second, trailer]
 
 
 @pytest.mark.parametrize("second", [0x104, 0x110, FIRST + FIRST_COUNT - 1, SECOND])
