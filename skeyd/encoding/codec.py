@@ -56,8 +56,10 @@ def encode_as(chosen: int, keys: bytes) -> tuple[int, bytes]:
 
 
 def choose(keys: Pieces, offered: Collection[int]) -> int:
-    """Guess from a sample which of the offered encodings, or RAW, fits keys: by nothing else, so that a chunk is the
-    same bytes whenever it is read, and wherever the memory that it was read into ends."""
+    """Guess from a sample which of the offered encodings, or RAW, fits keys.
+
+    Nothing else has a say, so that a chunk is the same bytes whenever it is read and wherever its memory ends.
+    """
     if ZSTD in offered and zstd.AVAILABLE:
         # Several times as fast as runs that are found in Python, and shorter.
         return ZSTD if zstd.guess(keys) <= _ZSTD_GOOD else RAW

@@ -28,6 +28,9 @@ _SAMPLE_KEYS: Final = 128
 _BLOCK_KEYS: Final = 16_384
 """After so many keys `encode` looks whether it is still worth it."""
 
+_BLOCK_RUNS: Final = 1024
+"""Runs that `decode` puts together at once."""
+
 
 class RunsError(Exception):
     """Data that is not what `encode` makes of so many keys. The message says why."""
@@ -67,7 +70,10 @@ def encode(keys: bytes, most: int) -> bytes | None:
 
 
 def decode(data: bytes | memoryview, count: int) -> bytes:
-    """Return the `count` keys that data stands for. RunsError, before memory is taken, where it stands for others."""
+    """Return the `count` keys that data stands for. RunsError, before memory is taken, where it stands for others.
+
+    Memory is taken for twice the keys and the data, whatever the runs are.
+    """
     runs, rest = divmod(len(data), RUN_BYTES)
     if rest or not runs:
         raise RunsError(f"{len(data)} bytes are not a number of runs of {RUN_BYTES} bytes each")
@@ -80,6 +86,12 @@ def decode(data: bytes | memoryview, count: int) -> bytes:
     keys = bytes(data[2 * runs :])
     if keys == keys[:1] * runs:
         return _repeated(keys[0], count)
+    # A block at a time: each run is an object until it is joined, which takes many times the bytes of a short one.
+    blocks = (slice(at, at + _BLOCK_RUNS) for at in range(0, runs, _BLOCK_RUNS))
+    return b"".join(_repeat(keys[block], lengths[block]) for block in blocks)
+
+
+def _repeat(keys: bytes, lengths: array[int]) -> bytes:
     return b"".join(map(mul, map(_SINGLES.__getitem__, keys), map(add, lengths, repeat(1))))
 
 

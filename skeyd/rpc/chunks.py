@@ -16,9 +16,9 @@ from skeyd.wire import chunk_message
 def write_down(chunk: ChunkRead, encodings: Collection[int]) -> tuple[bytes, int]:
     """Write a chunk down as a GetSkeysResponse, in one of the encodings or RAW: (its bytes, the keys' CRC-32).
 
-    The same keys and encodings give the same bytes, wherever the worker has put them: a stream that was cut goes on with
-    them. The chunk is released when that is done. RAW keys are copied once, from where the worker has put them. What it
-    changes there meanwhile doesn't fit the checksum. WORKER_FAILED where they are no keys.
+    The same keys and encodings give the same bytes, wherever the keys lie: a stream that was cut goes on with them. The
+    chunk is released when that is done. RAW keys are copied once, from where the worker has put them. What it changes
+    there meanwhile doesn't fit the checksum. WORKER_FAILED where they are no keys.
     """
     frames, views = chunk.frames, chunk.views
     if views and codec.RUNS in encodings:
