@@ -9,9 +9,7 @@ from skeyd.encoding.sample import sample
 
 
 @settings(deadline=None)
-@given(
-    st.lists(st.binary(max_size=400), min_size=1, max_size=4).filter(any), st.integers(1, 20), st.integers(1, 40)
-)
+@given(st.lists(st.binary(max_size=400), min_size=1, max_size=4).filter(any), st.integers(1, 20), st.integers(1, 40))
 @example([b"", b"\x10"], 8, 128)
 def test_a_sample_is_the_same_however_the_keys_are_cut(pieces: list[bytes], times: int, keys: int) -> None:
     whole = b"".join(pieces)
