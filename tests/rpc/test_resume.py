@@ -91,7 +91,7 @@ def test_a_stream_that_is_cut_after_any_message_goes_on_byte_for_byte(
 
 @pytest.mark.parametrize("encodings", [[pb.ENCODING_ZSTD], [pb.ENCODING_RUNS], [pb.ENCODING_RUNS, pb.ENCODING_ZSTD]])
 def test_a_chunk_that_is_read_into_another_place_has_the_same_encoding(
-    stubs: Stubs, new_vm: NewVm, encodings: list[pb.Encoding]
+    stubs: Stubs, new_vm: NewVm, encodings: list[pb.Encoding.ValueType]
 ) -> None:
     # The second chunk is read past the end of the front's memory when it comes after the first. Whether it is worth an
     # encoding depends on where one looks.
