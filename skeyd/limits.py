@@ -20,6 +20,13 @@ MAX_SLICE_SECONDS: Final = 1.0
 MAX_RANGES: Final = 16_384
 """Most ranges in a request; as many fit into some 300 KiB."""
 
+MAX_RANGES_BYTES: Final = 512 * 1024
+"""Most bytes in a message with ranges and without keys. A larger one is refused and not parsed, which would take some
+20 times as much memory."""
+
+MAX_REQUEST_BYTES: Final = 64 * 1024
+"""Most bytes in a message with neither; some 10 KiB are the most that any has use for."""
+
 MAX_VMS: Final = 1_024
 """Most VMs on a host; each is a process of some 10 MiB."""
 

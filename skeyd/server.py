@@ -27,7 +27,7 @@ from skeyd.rpc.calls import CallInterceptor
 from skeyd.rpc.health import SERVICE as HEALTH
 from skeyd.rpc.health import Health
 from skeyd.rpc.host_service import HostService
-from skeyd.rpc.messages import set_skeys_request
+from skeyd.rpc.messages import PARSERS
 from skeyd.rpc.reflection import VERSIONS, Reflection, service_name
 from skeyd.rpc.slots import CallSlots
 from skeyd.rpc.storage_key_service import StorageKeyService
@@ -106,7 +106,8 @@ class Daemon:
         }
         for version in VERSIONS:
             self._pools[f"/{service_name(version)}/"] = self._pools[f"/{HEALTH}/Watch"]
-        self._interceptor = CallInterceptor(log, self._pool_of, {f"/{names[1]}/SetSkeys": set_skeys_request})
+        parsers = {f"/{names[1]}/{name}": parser for name, parser in PARSERS.items()}
+        self._interceptor = CallInterceptor(log, self._pool_of, parsers)
         self._servers: list[grpc.Server] = []
         self.addresses: list[str] = []
         """Where it listens, as gRPC targets."""

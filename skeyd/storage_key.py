@@ -85,14 +85,11 @@ def only_key(keys: bytes | memoryview) -> int | None:
     count, first = len(keys), bytes(keys[:1])
     if keys[-1] != first[0] or keys[count // 2] != first[0]:
         return None
-    # In blocks: comparisons of bytes in place, and what a view's must be copied for stays in the processor's cache.
+    # In blocks that stay in the processor's cache, each compared where it lies: no view's keys are copied.
     block = first * min(count, _BLOCK)
-    whole = count - count % len(block)
-    if isinstance(keys, memoryview):
-        same = all(bytes(keys[at : at + _BLOCK]) == block for at in range(0, whole, _BLOCK))
-        return first[0] if same and bytes(keys[whole:]) == block[: count - whole] else None
-    same = all(keys.startswith(block, at) for at in range(0, whole, _BLOCK))
-    return first[0] if same and keys.startswith(block[: count - whole], whole) else None
+    with memoryview(keys) as view:
+        same = all(block.startswith(view[at : at + _BLOCK]) for at in range(0, count, _BLOCK))
+    return first[0] if same else None
 
 
 def differing_runs(one: bytes | bytearray, other: bytes | bytearray, mask: int = STABLE_MASK) -> list[tuple[int, int]]:

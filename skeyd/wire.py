@@ -81,6 +81,15 @@ def read_chunk_message(message: bytes) -> ChunkMessage | None:
         return None  # it ends too early
 
 
+def is_one_chunk(message: bytes) -> bool:
+    """Whether a message is one chunk from end to end, good or bad, and so takes no more memory when it is parsed."""
+    try:
+        size, at = _tagged(message, 0, _CHUNK)
+    except IndexError:
+        return False
+    return bool(at) and at + size == len(message)
+
+
 def _read(message: bytes) -> ChunkMessage | None:
     size, at = _tagged(message, 0, _CHUNK)
     if not at or at + size != len(message):

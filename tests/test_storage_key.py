@@ -202,6 +202,16 @@ def test_keys_that_are_all_one_are_told_from_others(keys: bytes, only: int | Non
     assert only_key(memoryview(keys)) == only
 
 
+@pytest.mark.parametrize("at", [1, 65_534, 65_535, 65_536, 65_537, 131_071, 131_072, 199_998])
+def test_a_key_that_differs_is_seen_wherever_it_is_and_the_view_is_free_again(at: int) -> None:
+    keys = bytearray(b"\x10" * 200_000)
+    keys[at] = 0x20
+    view = memoryview(keys)
+    assert only_key(view) is None
+    view.release()
+    keys.append(0)  # BufferError where a view is left
+
+
 def test_a_reserved_bit_is_found_in_a_view_too() -> None:
     assert first_reserved(memoryview(b"\x10\x11")) == 1
     assert first_reserved(memoryview(b"\x10\x10")) is None

@@ -12,10 +12,10 @@ from skeyd.client.errors import StreamError, translated
 from skeyd.encoding import codec
 from skeyd.errors import SkeydError
 from skeyd.gfn import GfnRange
-from skeyd.limits import MAX_CHUNK_KEYS
+from skeyd.limits import MAX_CHUNK_KEYS, MAX_RANGES_BYTES
 from skeyd.storage_key import first_reserved, only_key
 from skeyd.v1 import storage_key_service_pb2 as pb
-from skeyd.wire import ChunkMessage, read_chunk_message
+from skeyd.wire import ChunkMessage, is_one_chunk, read_chunk_message
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +148,16 @@ class KeyStream:
 
 
 def get_skeys_response(message: bytes) -> pb.GetSkeysResponse | ChunkMessage:
-    """Parse a message of the stream, as skeyd.wire does where it can."""
-    return read_chunk_message(message) or pb.GetSkeysResponse.FromString(message)
+    """Parse a message of the stream, as skeyd.wire does where it can. StreamError for a header of absurd size.
+
+    Parsed it would take many times its bytes.
+    """
+    chunk = read_chunk_message(message)
+    if chunk is not None:
+        return chunk
+    if len(message) > MAX_RANGES_BYTES and not is_one_chunk(message):
+        raise StreamError(f"the stream has a message of {len(message)} bytes, and it is no chunk")
+    return pb.GetSkeysResponse.FromString(message)
 
 
 def _frames(start: int, count: int) -> GfnRange:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Final
 
 from skeyd.encoding import runs, zstd
+from skeyd.encoding.sample import Pieces
 from skeyd.errors import Reason, SkeydError
 
 RAW: Final = 1
@@ -34,11 +35,15 @@ def encode(keys: bytes, offered: Collection[int], only_key: int | None) -> tuple
     `only_key` is what skeyd.storage_key.only_key says of them. The same keys give the same data, whatever was before.
     What is random is given up after some 20 microseconds.
     """
-    data: bytes | None
     if RUNS in offered and only_key is not None:
         data = runs.encode_one(only_key, len(keys))
         return (RUNS, data) if len(data) < len(keys) else (RAW, keys)
-    chosen = choose(keys, offered)
+    return encode_as(choose((keys,), offered), keys)
+
+
+def encode_as(chosen: int, keys: bytes) -> tuple[int, bytes]:
+    """Write keys down in the encoding that was chosen, or RAW where the sample has misled: (which, data)."""
+    data: bytes | None
     if chosen == ZSTD:
         data = zstd.encode(keys)
         if len(data) < len(keys) * _ZSTD_GOOD:
@@ -50,8 +55,11 @@ def encode(keys: bytes, offered: Collection[int], only_key: int | None) -> tuple
     return RAW, keys
 
 
-def choose(keys: bytes | memoryview, offered: Collection[int]) -> int:
-    """Guess from a sample of keys which of the offered encodings, or RAW, fits them."""
+def choose(keys: Pieces, offered: Collection[int]) -> int:
+    """Guess from a sample which of the offered encodings, or RAW, fits keys.
+
+    Nothing else has a say, so that a chunk is the same bytes whenever it is read and wherever its memory ends.
+    """
     if ZSTD in offered and zstd.AVAILABLE:
         # Several times as fast as runs that are found in Python, and shorter.
         return ZSTD if zstd.guess(keys) <= _ZSTD_GOOD else RAW

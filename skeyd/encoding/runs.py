@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 import sys
 from array import array
-from collections.abc import Iterator
 from functools import lru_cache
 from itertools import repeat
 from operator import add, itemgetter, mul, sub
 from typing import Final
+
+from skeyd.encoding.sample import Pieces, sample
 
 RUN_MAX: Final = 65_536
 """Most keys in a run as it is written."""
@@ -27,6 +28,9 @@ _SAMPLE_KEYS: Final = 128
 _BLOCK_KEYS: Final = 16_384
 """After so many keys `encode` looks whether it is still worth it."""
 
+_BLOCK_RUNS: Final = 1024
+"""Runs that `decode` puts together at once."""
+
 
 class RunsError(Exception):
     """Data that is not what `encode` makes of so many keys. The message says why."""
@@ -39,10 +43,10 @@ def encode_one(key: int, count: int) -> bytes:
     return _little_endian(array("H", lengths)).tobytes() + _SINGLES[key] * len(lengths)
 
 
-def guess(keys: bytes | memoryview) -> float:
-    """Guess from a sample which part of its size `keys`, not empty, would have as runs. Some microseconds."""
+def guess(keys: Pieces) -> float:
+    """Guess from a sample which part of their size keys would have as runs. Some microseconds."""
     looked, runs = 0, 0
-    for part in _sample(keys):
+    for part in sample(keys, _SAMPLES, _SAMPLE_KEYS):
         numbers = int.from_bytes(part, "little")
         # A byte is zero where its key has the same one before it.
         marks = (numbers ^ numbers << 8).to_bytes(len(part) + 1, "little")[1:-1]
@@ -66,7 +70,10 @@ def encode(keys: bytes, most: int) -> bytes | None:
 
 
 def decode(data: bytes | memoryview, count: int) -> bytes:
-    """Return the `count` keys that data stands for. RunsError, before memory is taken, where it stands for others."""
+    """Return the `count` keys that data stands for. RunsError, before memory is taken, where it stands for others.
+
+    Memory is taken for twice the keys and the data, whatever the runs are.
+    """
     runs, rest = divmod(len(data), RUN_BYTES)
     if rest or not runs:
         raise RunsError(f"{len(data)} bytes are not a number of runs of {RUN_BYTES} bytes each")
@@ -79,6 +86,12 @@ def decode(data: bytes | memoryview, count: int) -> bytes:
     keys = bytes(data[2 * runs :])
     if keys == keys[:1] * runs:
         return _repeated(keys[0], count)
+    # A block at a time: each run is an object until it is joined, which takes many times the bytes of a short one.
+    blocks = (slice(at, at + _BLOCK_RUNS) for at in range(0, runs, _BLOCK_RUNS))
+    return b"".join(_repeat(keys[block], lengths[block]) for block in blocks)
+
+
+def _repeat(keys: bytes, lengths: array[int]) -> bytes:
     return b"".join(map(mul, map(_SINGLES.__getitem__, keys), map(add, lengths, repeat(1))))
 
 
@@ -88,14 +101,9 @@ def _repeated(key: int, count: int) -> bytes:
     return _SINGLES[key] * count
 
 
-def _sample(keys: bytes | memoryview) -> Iterator[bytes | memoryview]:
-    for at in range(0, len(keys), max(_SAMPLE_KEYS, len(keys) // _SAMPLES)):
-        yield keys[at : at + _SAMPLE_KEYS]
-
-
 def _pattern(keys: bytes) -> re.Pattern[bytes]:
     # What finds the runs fastest is an expression with one branch for each key that there is.
-    seen = set().union(*_sample(keys))
+    seen = set().union(*sample((keys,), _SAMPLES, _SAMPLE_KEYS))
     while unseen := keys.translate(None, bytes(seen)):
         seen.update(unseen[:_BLOCK_KEYS])
     return re.compile(b"|".join(re.escape(_SINGLES[key]) + b"+" for key in sorted(seen)))

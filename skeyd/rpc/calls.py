@@ -18,6 +18,7 @@ import structlog
 from skeyd import limits
 from skeyd.errors import Reason, SkeydError, exhausted
 from skeyd.rpc import status
+from skeyd.rpc.messages import bounded
 from skeyd.rpc.patience import Patience
 
 _END: Final = object()
@@ -35,8 +36,8 @@ def note(**what: Any) -> None:
 class CallInterceptor(grpc.ServerInterceptor):
     """Parses, logs and ends every call. `pool_of` says in which threads a method runs; None: the server's own.
 
-    `parsers` has by method what takes the place of the generated class's parser. A handler may give ready bytes for a
-    response.
+    `parsers` has by method what takes the place of the generated class's parser, which is `bounded`. A handler may give
+    ready bytes for a response.
 
     Synchronization: any thread.
     """
@@ -163,7 +164,7 @@ class _Call:
         self, messages: Iterator[bytes], handler: grpc.RpcMethodHandler[Any, Any], parser: Callable[[bytes], Any] | None
     ) -> Any:
         """Return the one request, or the stream of them."""
-        requests = self._parsed(messages, parser or handler.request_deserializer or bytes)
+        requests = self._parsed(messages, parser or bounded(handler.request_deserializer or bytes))
         if handler.request_streaming:
             return requests
         request = next(requests, None)
@@ -216,6 +217,8 @@ class _Call:
             seconds = limits.IDLE_SECONDS
             try:
                 request = parser(message)
+            except SkeydError:
+                raise
             except Exception:  # DecodeError differs between protobuf's implementations
                 what = f"a message of {len(message)} bytes is none that {self._method} takes"
                 raise SkeydError(Reason.REQUEST_INVALID, what) from None

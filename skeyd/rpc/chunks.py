@@ -16,8 +16,9 @@ from skeyd.wire import chunk_message
 def write_down(chunk: ChunkRead, encodings: Collection[int]) -> tuple[bytes, int]:
     """Write a chunk down as a GetSkeysResponse, in one of the encodings or RAW: (its bytes, the keys' CRC-32).
 
-    The chunk is released when that is done. RAW keys are copied once, from where the worker has put them. What it
-    changes there meanwhile doesn't fit the checksum. WORKER_FAILED where they are no keys.
+    The same keys and encodings give the same bytes, wherever the keys lie: a stream that was cut goes on with them. The
+    chunk is released when that is done. RAW keys are copied once, from where the worker has put them. What it changes
+    there meanwhile doesn't fit the checksum. WORKER_FAILED where they are no keys.
     """
     frames, views = chunk.frames, chunk.views
     if views and codec.RUNS in encodings:
@@ -28,8 +29,9 @@ def write_down(chunk: ChunkRead, encodings: Collection[int]) -> tuple[bytes, int
     crc32 = 0
     for view in views:
         crc32 = zlib.crc32(view, crc32)
-    if codec.choose(max(views, key=len), encodings) != codec.RAW:
-        encoding, data = codec.encode(b"".join(views), encodings, None)
+    chosen = codec.choose(views, encodings)
+    if chosen != codec.RAW:
+        encoding, data = codec.encode_as(chosen, b"".join(views))
         message = chunk_message(frames.start, frames.count, encoding, (data,), crc32)
     else:
         message = chunk_message(frames.start, frames.count, codec.RAW, views, crc32)

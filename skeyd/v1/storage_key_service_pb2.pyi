@@ -147,7 +147,7 @@ class GetSkeysRequest(google.protobuf.message.Message):
         INCARNATION_FIELD_NUMBER: builtins.int
         CRC32_FIELD_NUMBER: builtins.int
         gfn: builtins.int
-        """The frame to go on with: in a range, or the end of the last."""
+        """The frame to go on with: in a range, or the end of one, where what follows is the next range if there is one."""
         incarnation: builtins.str
         """The incarnation in the header of the stream that was cut."""
         crc32: builtins.int

@@ -60,7 +60,7 @@ def read_chunks(
     """Read checked ranges of a guest that uses storage keys, in chunks of at most `chunk_keys` frames.
 
     Where a chunk begins depends on the memory slots, the ranges and `chunk_keys` alone: those of a part of memory lie
-    end to end from its first frame on. `start_at`, a frame in a range or the end of the last, leaves out all before it.
+    end to end from its first frame on. `start_at`, a frame in a range or the end of one, leaves out all before it.
     Of the keys nothing is checked: `require_keys` does that.
     """
     memory_map = session.memory_map
@@ -89,11 +89,13 @@ def require_keys(chunk: ChunkRead) -> tuple[memoryview, ...]:
 def before(memory_map: MemoryMap, ranges: Ranges, gfn: int) -> tuple[int, int]:
     """Return what of checked ranges lies before a frame: (frames with keys, frames in gaps).
 
-    REQUEST_INVALID where the frame is in no range and isn't the end of the last.
+    REQUEST_INVALID where the frame is in no range and the end of none.
     """
-    if ranges.at(gfn) is None and gfn != ranges[-1].end:
+    if ranges.at(gfn) is None and ranges.at(gfn - 1) is None:
         raise SkeydError(
-            Reason.REQUEST_INVALID, f"there is nothing to resume at gfn {gfn:#x}: no range has it", {"gfn": hex(gfn)}
+            Reason.REQUEST_INVALID,
+            f"there is nothing to resume at gfn {gfn:#x}: it is in no range and the end of none",
+            {"gfn": hex(gfn)},
         )
     keys, gap_frames = 0, 0
     for wanted in ranges:

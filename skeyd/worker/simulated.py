@@ -154,7 +154,8 @@ class SimulatedVm:
         if reached < buffer.nbytes:
             raise self._hole(_GET)
         for slot, first, at, count in parts:
-            buffer[at : at + count] = slot.keys[first : first + count]
+            with memoryview(slot.keys) as keys:  # a bytearray's slice would be a copy more
+                buffer[at : at + count] = keys[first : first + count]
         return True
 
     def prepare_set(self, start_gfn: int, keys: bytes | bytearray) -> None:

@@ -88,6 +88,20 @@ def test_a_daemon_may_write_its_fields_in_any_order(daemon: LyingDaemon, client:
     assert list(KeyStream(iter([parts[0], found, *parts[2:]]))) == list(KeyStream(iter(parts)))
 
 
+def test_a_header_of_absurd_size_is_refused_before_it_is_parsed(daemon: LyingDaemon, client: Client) -> None:
+    large = pb.GetSkeysResponse()
+    large.header.CopyFrom(header((0, 4)).header)
+    large.header.ranges.extend(
+        pb.GetSkeysResponse(header=header((0, 1)).header).header.ranges[0] for _ in range(1 << 18)
+    )
+    size = len(large.SerializeToString())
+    with pytest.raises(StreamError, match=str(size)):
+        get_skeys_response(large.SerializeToString())
+    daemon.says(large)
+    with pytest.raises(ClientError):
+        read(client)
+
+
 # --- where it is ---------------------------------------------------------------------------------------------------
 
 

@@ -81,10 +81,12 @@ MUTATIONS: Final = (
         """        if reached < buffer.nbytes:
             raise self._hole(_GET)
         for slot, first, at, count in parts:
-            buffer[at : at + count] = slot.keys[first : first + count]
+            with memoryview(slot.keys) as keys:  # a bytearray's slice would be a copy more
+                buffer[at : at + count] = keys[first : first + count]
 """,
         """        for slot, first, at, count in parts:
-            buffer[at : at + count] = slot.keys[first : first + count]
+            with memoryview(slot.keys) as keys:  # a bytearray's slice would be a copy more
+                buffer[at : at + count] = keys[first : first + count]
         if reached < buffer.nbytes:
             raise self._hole(_GET)
 """,

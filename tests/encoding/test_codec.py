@@ -77,8 +77,8 @@ def test_a_sample_that_misleads_costs_no_bytes() -> None:
     keys = bytearray(some_keys(1 << 20))
     for at in range(0, 1 << 20, 1 << 16):
         keys[at : at + 1024] = bytes(1024)
-    assert runs.guess(bytes(keys)) < 0.1
-    assert zstd.guess(bytes(keys)) < 0.1
+    assert runs.guess((bytes(keys),)) < 0.1
+    assert zstd.guess((bytes(keys),)) < 0.1
     for offered in ((RUNS,), (ZSTD,)):
         assert encode(bytes(keys), offered) == (RAW, bytes(keys))
 

@@ -49,6 +49,7 @@ def test_the_vectors_of_the_document_are_what_is_written(keys: bytes, data: str)
 @example(b"\x10" * RUN_MAX)
 @example(b"\x10" * (2 * RUN_MAX) + b"\x20")
 @example(bytes(range(256)) * 2)
+@example(b"\x10\x20\x20" * 5000)
 def test_what_is_written_is_read_again(keys: bytes) -> None:
     data = encode(keys, 1 << 20)
     assert data is not None
@@ -126,7 +127,7 @@ def test_random_keys_are_given_up_long_before_their_end(monkeypatch: pytest.Monk
     ids=["one", "one-key-throughout", "random", "runs-of-64", "alternating"],
 )
 def test_a_guess_is_near_the_truth(keys: bytes, least: float, most: float) -> None:
-    assert least <= guess(keys) <= most
+    assert least <= guess((keys,)) <= most
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------
@@ -164,6 +165,24 @@ def test_a_bomb_is_refused_before_memory_is_spent() -> None:
     finally:
         tracemalloc.stop()
     assert peak < 4 * len(bomb)
+
+
+@pytest.mark.parametrize("most", [1, 3, 700, RUN_MAX])
+def test_the_memory_that_is_taken_is_a_small_multiple_of_the_keys(most: int) -> None:
+    # With 3, the most runs that a chunk of 1,048,576 keys can have: an object each would take some 40 MiB.
+    count = 1 << 20 if most >= 3 else 1 << 18
+    whole, rest = divmod(count, most)
+    lengths = [most] * whole + [rest] * bool(rest)
+    data = b"".join((length - 1).to_bytes(2, "little") for length in lengths) + b"\x10\x20" * (len(lengths) // 2)
+    data += b"\x30" * (3 * len(lengths) - len(data))
+    tracemalloc.start()
+    try:
+        keys = decode(data, count)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(keys) == count
+    assert peak < 2.2 * count + 2 * len(data)
 
 
 @settings(deadline=None)

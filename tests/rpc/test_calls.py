@@ -17,7 +17,7 @@ import structlog
 from skeyd import limits
 from skeyd.errors import Reason, SkeydError
 from skeyd.rpc.calls import CallInterceptor, Cancelled, note
-from tests.rpc.stubs import SECONDS, refusal
+from tests.rpc.stubs import SECONDS, refusal, refused
 
 PRIVATE = "a-path-that-is-nobodys-business"
 KINDS = ["unary_unary", "unary_stream", "stream_unary", "stream_stream"]
@@ -78,14 +78,14 @@ class Server:
         self._server.start()
         self.channel = grpc.insecure_channel(f"unix:{socket}")
 
-    def call(self, kind: str) -> Any:
+    def call(self, kind: str, message: bytes = b"asked") -> Any:
         """Begin a call of a kind; the result or the iterator of results."""
-        request = iter([b"asked"]) if kind.startswith("stream_") else b"asked"
+        request = iter([message]) if kind.startswith("stream_") else message
         return getattr(self.channel, kind)(f"/test/{kind}")(request, timeout=SECONDS)
 
-    def finish(self, kind: str) -> list[bytes]:
+    def finish(self, kind: str, message: bytes = b"asked") -> list[bytes]:
         """Make a call of a kind to its end."""
-        result = self.call(kind)
+        result = self.call(kind, message)
         return list(result) if kind.endswith("_stream") else [result]
 
     def close(self) -> None:
@@ -338,6 +338,17 @@ def test_what_a_handler_gives_is_written_and_what_comes_is_parsed_by_whoever_is_
     serializing.behaviour = lambda request, _context: request.decode()
     parser = b" by another" if kind == "stream_stream" else b""
     assert serializing.finish(kind)[-1] == b"written: asked and parsed" + parser
+
+
+def test_a_request_that_is_far_too_large_is_never_parsed(serializing: Serializing, kind: str) -> None:
+    most = b"a" * limits.MAX_REQUEST_BYTES
+    assert serializing.finish(kind, most)
+    if kind == "stream_stream":
+        assert serializing.finish(kind, most + b"a"), "it has a parser of its own"
+        return
+    found = refused(lambda: serializing.finish(kind, most + b"a"))
+    assert (found.code, found.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_INVALID")
+    assert str(limits.MAX_REQUEST_BYTES) in found.message
 
 
 def test_a_handler_that_says_that_its_client_is_gone_is_believed(server: Server, kind: str) -> None:

@@ -14,6 +14,7 @@ from skeyd.gfn import GfnRange
 from skeyd.rpc.chunks import write_down
 from skeyd.v1 import storage_key_service_pb2 as pb
 from skeyd.vms.read_ahead import ChunkRead
+from tests.examples import examples
 from tests.rpc.stubs import some_keys
 
 _runs = st.lists(st.tuples(st.sampled_from(range(0, 256, 2)), st.integers(1, 400)), min_size=1, max_size=12).map(
@@ -52,6 +53,31 @@ def test_a_chunk_is_its_keys_in_one_of_the_encodings_and_is_released(
     assert decode(chunk.encoding, chunk.data, chunk.count) == keys
     assert held.released == 1
     assert held.views == ()
+
+
+_HALF_NOISE = b"\x10" * 6000 + some_keys(4000)
+"""Whether it is worth an encoding depends on where one looks."""
+
+
+@settings(max_examples=examples(200), deadline=None)
+@given(
+    st.lists(_keys, min_size=1, max_size=4).map(b"".join),
+    st.integers(0, 16_000),
+    st.sets(st.sampled_from([RAW, RUNS, ZSTD])),
+    _keys,
+)
+@example(_HALF_NOISE, 2500, {ZSTD}, b"\x10")
+@example(_HALF_NOISE, 6000, {ZSTD}, b"\x10")
+@example(_HALF_NOISE[::-1], 5000, {ZSTD}, b"\x10")
+@example(b"\x10" * 39_000 + some_keys(1000), 38_000, {RUNS}, b"\x10")
+@example(b"\x10" * 20_000 + b"\x20\x30" * 1000, 20_000, {RUNS}, b"\x10")
+@example(b"\x10" * 5000, 2500, {RUNS, ZSTD}, b"\x10")
+def test_a_chunk_is_the_same_bytes_wherever_the_ring_ends_and_whatever_was_before(
+    keys: bytes, cut: int, encodings: set[int], before: bytes
+) -> None:
+    whole = write_down(Held(0x40, keys), encodings)
+    write_down(Held(0, before), encodings)
+    assert write_down(Held(0x40, keys, min(cut, len(keys))), encodings) == whole
 
 
 @pytest.mark.parametrize(("keys", "encoding"), [(b"\x10" * 5000, RUNS), ((b"\x10" * 90 + b"\x20" * 90) * 90, ZSTD)])

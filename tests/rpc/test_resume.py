@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from skeyd import limits
 from skeyd.client import Gap, Keys, Position
 from skeyd.gfn import GfnRange
 from skeyd.v1 import storage_key_service_pb2 as pb
@@ -76,14 +77,60 @@ def test_a_stream_that_is_cut_after_any_message_goes_on_byte_for_byte(
     request = _request(vm, wanted, data.draw(st.integers(60, 1500)))
     header, *parts, trailer = _stream(stubs, request)
     for cut in range(len(parts) + 1):
-        # Where the next part begins, as any client can tell.
-        gfn = _frames(parts[cut])[0] if cut < len(parts) else _frames(parts[-1])[1]
-        request.resume.gfn = gfn
-        request.resume.incarnation = header.header.incarnation
-        request.resume.crc32 = _crc_before(wanted, gfn)
-        assert [one.SerializeToString() for one in _stream(stubs, request)] == [
-            one.SerializeToString() for one in (header, *parts[cut:], trailer)
-        ]
+        # Where the next part begins, and where the last one ended, which is another frame between two ranges.
+        begins = [_frames(parts[cut])[0]] if cut < len(parts) else []
+        ended = [_frames(parts[cut - 1])[1]] if cut else []
+        for gfn in {*begins, *ended}:
+            request.resume.gfn = gfn
+            request.resume.incarnation = header.header.incarnation
+            request.resume.crc32 = _crc_before(wanted, gfn)
+            assert [one.SerializeToString() for one in _stream(stubs, request)] == [
+                one.SerializeToString() for one in (header, *parts[cut:], trailer)
+            ]
+
+
+@pytest.mark.parametrize("encodings", [[pb.ENCODING_ZSTD], [pb.ENCODING_RUNS], [pb.ENCODING_RUNS, pb.ENCODING_ZSTD]])
+def test_a_chunk_that_is_read_into_another_place_has_the_same_encoding(
+    stubs: Stubs, new_vm: NewVm, encodings: list[pb.Encoding.ValueType]
+) -> None:
+    # The second chunk is read past the end of the front's memory when it comes after the first. Whether it is worth an
+    # encoding depends on where one looks.
+    chunk = limits.MAX_CHUNK_KEYS
+    keys = bytes(chunk) + b"\x10" * 600_000 + some_keys(chunk - 600_000)
+    vm = new_vm((0, len(keys) // 256))
+    stubs.set(vm, [(at, keys[at : at + chunk]) for at in range(0, len(keys), chunk)])
+    request = pb.GetSkeysRequest(vm=vm, max_chunk_keys=chunk, encodings=encodings)
+    header, _, second, trailer = _stream(stubs, request)
+    request.resume.gfn = chunk
+    request.resume.incarnation = header.header.incarnation
+    request.resume.crc32 = zlib.crc32(keys[:chunk])
+    assert _stream(stubs, request) == [header, second, trailer]
+
+
+@pytest.mark.parametrize("second", [0x104, 0x110, FIRST + FIRST_COUNT - 1, SECOND])
+def test_a_stream_goes_on_at_the_end_of_a_range_with_the_next(stubs: Stubs, vm: str, second: int) -> None:
+    # 0x104: the ranges touch, so that the frame is also the first of the other.
+    wanted = [(0x100, 4), (second, 1), (SECOND + 8, 2)]
+    request = _request(vm, wanted, 0)
+    header, *parts, trailer = _stream(stubs, request)
+    request.resume.incarnation = header.header.incarnation
+    for done in range(1, 4):
+        request.resume.gfn = sum(wanted[done - 1])
+        request.resume.crc32 = _crc_before(wanted, request.resume.gfn)
+        assert _stream(stubs, request) == [header, *parts[done:], trailer]
+
+
+def test_the_client_goes_on_at_the_end_of_a_range_with_the_next(shared_daemon: DaemonProcess, vm: str) -> None:
+    wanted = [GfnRange(0x100, 4), GfnRange(0x110, 4)]
+    with shared_daemon.connect() as client:
+        with client.get_skeys(vm, wanted) as stream:
+            first, second = stream
+            assert isinstance(first, Keys)
+            incarnation, end = stream.header.incarnation, stream.position
+        position = Position(first.frames.end, incarnation, zlib.crc32(first.keys), 4, 0)
+        with client.get_skeys(vm, wanted, resume=position) as stream:
+            assert list(stream) == [second]
+            assert stream.position == end
 
 
 @settings(max_examples=examples(40), deadline=None)
@@ -132,7 +179,7 @@ def test_without_an_incarnation_nothing_is_resumed(stubs: Stubs, vm: str) -> Non
         ([], FIRST - 1, 0, "0xff"),
         ([], SECOND + SECOND_COUNT + 1, 0, "0x901"),
         ([], 2**64 - 1, 0, "0xffffffffffffffff"),
-        ([(0x100, 4), (0x110, 4)], 0x104, 0, "0x104"),
+        ([(0x100, 4), (0x110, 4)], 0x105, 0, "0x105"),
         ([(0x100, 4), (0x110, 4)], 0x10F, 0, "0x10f"),
         ([(0x100, 4), (0x110, 4)], 0x115, 0, "0x115"),
         ([(0x100, 4)], 0x100, 1, "crc32"),
