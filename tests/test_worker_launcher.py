@@ -213,6 +213,119 @@ def test_a_launcher_that_cannot_be_run_or_trusted_is_refused_with_the_reason(
     assert why.format(path=launcher, parent=launcher.parent, uid=os.geteuid()) in str(refusal.value)
 
 
+# --- the links on the way to it --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def between(launcher: Path) -> Path:
+    """Make a folder beside the launcher, for a link on the way to it."""
+    made = launcher.with_name("between")
+    made.mkdir(mode=0o755)
+    return made
+
+
+def _a_link_to_a_link(launcher: Path, between: Path) -> Path:
+    first = launcher.with_name("first")
+    first.symlink_to(between / "second")
+    (between / "second").symlink_to(launcher)
+    return first
+
+
+def _a_link_to_a_relative_link(launcher: Path, between: Path) -> Path:
+    first = launcher.with_name("first")
+    first.symlink_to("between/second")
+    (between / "second").symlink_to("../launcher")
+    return first
+
+
+def _a_folder_that_is_a_link_in_a_folder_that_is_a_link(launcher: Path, between: Path) -> Path:
+    (between / "inner").symlink_to(launcher.parent)
+    launcher.with_name("outer").symlink_to(between)
+    return launcher.with_name("outer") / "inner" / launcher.name
+
+
+def _a_way_through(launcher: Path, between: Path) -> Path:
+    return between / ".." / launcher.name
+
+
+WAYS = [
+    _a_link_to_a_link,
+    _a_link_to_a_relative_link,
+    _a_folder_that_is_a_link_in_a_folder_that_is_a_link,
+    _a_way_through,
+]
+LINKS = WAYS[:3]
+
+
+@pytest.mark.parametrize("lay", WAYS)
+def test_whoever_may_change_a_link_on_the_way_chooses_the_launcher(
+    launcher: Path, between: Path, lay: Callable[[Path, Path], Path]
+) -> None:
+    given = lay(launcher, between)
+    assert find_launcher(str(given)) == launcher
+    for mode in (0o777, 0o775, 0o757):
+        between.chmod(mode)
+        with pytest.raises(LauncherError) as refusal:
+            find_launcher(str(given))
+        assert str(refusal.value) == (
+            f"{given} (which is {launcher}): the worker launcher can't be trusted: "
+            f"others may write to {between} (mode {mode:04o}); chmod go-w"
+        )
+    between.chmod(0o1777)  # the link is the user's own, and nobody else can replace it
+    assert find_launcher(str(given)) == launcher
+
+
+@pytest.mark.parametrize("lay", LINKS)
+def test_a_link_of_another_user_is_refused_though_its_folder_is_sticky(
+    launcher: Path, between: Path, lay: Callable[[Path, Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = lay(launcher, between)
+    between.chmod(0o1777)
+    (link,) = between.iterdir()
+    _another_users(link, monkeypatch)
+    with pytest.raises(LauncherError) as refusal:
+        find_launcher(str(given))
+    assert f"can't be trusted: {link} belongs to uid 4242, neither root's nor {os.geteuid()}" in str(refusal.value)
+
+
+@pytest.mark.parametrize("lay", WAYS)
+def test_a_folder_of_another_user_on_the_way_is_refused(
+    launcher: Path, between: Path, lay: Callable[[Path, Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = lay(launcher, between)
+    _another_users(between, monkeypatch)
+    with pytest.raises(LauncherError) as refusal:
+        find_launcher(str(given))
+    assert f"can't be trusted: {between} belongs to uid 4242, neither root's nor {os.geteuid()}" in str(refusal.value)
+
+
+def _another_users(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Only root can give files away. For others the answer of lstat() is another: user, the fifth of its fields.
+    if os.geteuid() == 0:
+        os.chown(path, 4242, 4242, follow_symlinks=False)
+        return
+    real = os.lstat
+
+    def lstat(asked: Path) -> os.stat_result:
+        found = real(asked)
+        return os.stat_result([*found[:4], 4242, *found[5:]]) if Path(asked) == path else found
+
+    monkeypatch.setattr(os, "lstat", lstat)
+
+
+def test_links_that_lead_on_and_on_are_refused(launcher: Path) -> None:
+    """As many as the kernel itself follows are followed."""
+    last = launcher
+    for number in range(41):
+        if number == 40:
+            assert find_launcher(str(last)) == launcher
+        link = launcher.with_name(f"link{number}")
+        link.symlink_to(last.name)
+        last = link
+    with pytest.raises(LauncherError, match="can't be used: Too many levels of symbolic links"):
+        find_launcher(str(last))
+
+
 def test_a_launcher_of_another_user_is_refused(launcher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Only root can give files away: here it's the process that is another's.
     mine = os.geteuid()

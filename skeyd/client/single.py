@@ -16,7 +16,7 @@ class OneKey:
     key: int | None
     """None: the guest uses no storage keys."""
     call: str
-    """The kernel's call that read it: "keyop" or "skeys"."""
+    """The kernel's call that read it, or found that there is none: "keyop" or "skeys", the latter for all None."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -696,7 +696,7 @@ class GetSkeyResponse(google.protobuf.message.Message):
     key: builtins.int
     """The key, 0 to 0xFE. Absent: the guest uses no storage keys."""
     call: global___KeyCall.ValueType
-    """How it was read."""
+    """How it was read, or found out that there is none: KEY_CALL_SKEYS wherever `key` is absent."""
     def __init__(
         self,
         *,

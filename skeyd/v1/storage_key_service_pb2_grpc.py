@@ -113,8 +113,8 @@ class StorageKeyServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetSkey(self, request, context):
-        """Reads the key of one frame: with KVM_S390_KEYOP (ISKE) where the VM's kernel has it, from Linux 7.0 on, else with
-        KVM_S390_GET_SKEYS. It needs no stream and waits behind none.
+        """Reads the key of one frame: with KVM_S390_KEYOP (ISKE) where the VM's kernel has it, from Linux 7.0 on, and the guest
+        uses keys; else with KVM_S390_GET_SKEYS. It needs no stream and waits behind none.
 
         OUT_OF_RANGE GFN_NOT_MAPPED, and as for GetSkeys where the VM is not there or can't be used.
         """

@@ -81,8 +81,8 @@ class StorageKeyServiceStub:
         skeyd.v1.storage_key_service_pb2.GetSkeyRequest,
         skeyd.v1.storage_key_service_pb2.GetSkeyResponse,
     ]
-    """Reads the key of one frame: with KVM_S390_KEYOP (ISKE) where the VM's kernel has it, from Linux 7.0 on, else with
-    KVM_S390_GET_SKEYS. It needs no stream and waits behind none.
+    """Reads the key of one frame: with KVM_S390_KEYOP (ISKE) where the VM's kernel has it, from Linux 7.0 on, and the guest
+    uses keys; else with KVM_S390_GET_SKEYS. It needs no stream and waits behind none.
 
     OUT_OF_RANGE GFN_NOT_MAPPED, and as for GetSkeys where the VM is not there or can't be used.
     """
@@ -194,8 +194,8 @@ class StorageKeyServiceAsyncStub:
         skeyd.v1.storage_key_service_pb2.GetSkeyRequest,
         skeyd.v1.storage_key_service_pb2.GetSkeyResponse,
     ]
-    """Reads the key of one frame: with KVM_S390_KEYOP (ISKE) where the VM's kernel has it, from Linux 7.0 on, else with
-    KVM_S390_GET_SKEYS. It needs no stream and waits behind none.
+    """Reads the key of one frame: with KVM_S390_KEYOP (ISKE) where the VM's kernel has it, from Linux 7.0 on, and the guest
+    uses keys; else with KVM_S390_GET_SKEYS. It needs no stream and waits behind none.
 
     OUT_OF_RANGE GFN_NOT_MAPPED, and as for GetSkeys where the VM is not there or can't be used.
     """
@@ -313,8 +313,8 @@ class StorageKeyServiceServicer(metaclass=abc.ABCMeta):
         request: skeyd.v1.storage_key_service_pb2.GetSkeyRequest,
         context: _ServicerContext,
     ) -> typing.Union[skeyd.v1.storage_key_service_pb2.GetSkeyResponse, collections.abc.Awaitable[skeyd.v1.storage_key_service_pb2.GetSkeyResponse]]:
-        """Reads the key of one frame: with KVM_S390_KEYOP (ISKE) where the VM's kernel has it, from Linux 7.0 on, else with
-        KVM_S390_GET_SKEYS. It needs no stream and waits behind none.
+        """Reads the key of one frame: with KVM_S390_KEYOP (ISKE) where the VM's kernel has it, from Linux 7.0 on, and the guest
+        uses keys; else with KVM_S390_GET_SKEYS. It needs no stream and waits behind none.
 
         OUT_OF_RANGE GFN_NOT_MAPPED, and as for GetSkeys where the VM is not there or can't be used.
         """

@@ -17,6 +17,7 @@ class OneRead:
     key: int | None
     """None: the guest uses no storage keys."""
     by_keyop: bool
+    """Never where there is no key: GET said so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,8 @@ def read_one(session: Session, gfn: int) -> OneRead:
     session.memory_map.require_mapped(GfnRange(gfn, 1))
     if session.hello.keyop:
         key, _ = session.keyop("iske", gfn)
-        return OneRead(key, by_keyop=True)
+        # No key: the worker has asked GET whether the guest uses any, and KEYOP nothing.
+        return OneRead(key, by_keyop=key is not None)
     return OneRead(_by_range(session, gfn), by_keyop=False)
 
 

@@ -53,7 +53,7 @@ def test_the_key_of_a_frame_is_set_and_shown(key: Skeyctl, new_vm: NewVm) -> Non
 
 def test_the_same_as_json(key: Skeyctl, new_vm: NewVm) -> None:
     name = new_vm((0, 1))
-    assert key("get", name, "1", "--json").value == {"vm": name, "gfn": 1, "call": "keyop", **KEYLESS}
+    assert key("get", name, "1", "--json").value == {"vm": name, "gfn": 1, "call": "skeys", **KEYLESS}
     done = {"vm": name, "gfn": 1, "repaired": False}
     assert key("set", name, "1", "--key", "0x36", "--allow-enable", "--json").value == {
         **done,

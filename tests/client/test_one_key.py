@@ -24,7 +24,7 @@ def client(shared_daemon: DaemonProcess) -> Iterator[Client]:
 
 def test_a_key_is_set_read_and_its_r_reset(client: Client, new_vm: NewVm) -> None:
     name = new_vm((0, 1))
-    assert client.get_skey(name, 3) == OneKey(None, "keyop")
+    assert client.get_skey(name, 3) == OneKey(None, "skeys")
     assert client.set_skey(name, 3, 0x36, allow_enable=True) == OneKeySet(None, False, True, "skeys")
     assert client.get_skey(name, 3) == OneKey(0x36, "keyop")
     assert client.reset_referenced(name, 3) == (True, True)

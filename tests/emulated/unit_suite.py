@@ -27,6 +27,7 @@ NOT_COPIED: Final = (*NOT_NEEDED_INSIDE, ".?*", "*.egg-info", "build", "dist")
 
 NOT_THERE: Final = {
     "tests/rpc/test_reflection.py::test_buf_curl": "buf is made for no s390x, and comes from PyPI",
+    "tests/test_makefile.py": "make is no part of the image",
     "tests/contract/test_mutations.py": "a test of tests, which says nothing of the machine",
     **dict.fromkeys(
         (

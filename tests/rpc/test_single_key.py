@@ -71,7 +71,7 @@ def test_a_key_that_is_set_is_the_one_that_is_read_and_no_other_frame_has_it(one
 
 @every_kernel
 def test_a_guest_that_uses_no_keys_has_none_and_gets_none_unasked(one: One) -> None:
-    assert one.get(5) == pb.GetSkeyResponse(call=one.call)
+    assert one.get(5) == pb.GetSkeyResponse(call=pb.KEY_CALL_SKEYS)
     assert not one.get(5).HasField("key")
     assert_refused(refused(lambda: one.set(5, 0x38)), grpc.StatusCode.FAILED_PRECONDITION, "SKEYS_NOT_ENABLED")
     assert not one.stubs.look_at(one.name).uses_storage_keys
