@@ -74,7 +74,7 @@ def _way(path: Path) -> list[tuple[Path, os.stat_result]]:
             if links > LINKS_MAX:
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
             passed.append((part, found))
-            target = Path(os.readlink(part))
+            target = part.readlink()
             # The root of an absolute one takes the place of `here`, as / does for paths.
             ahead.extend(reversed(target.parts))
         elif part.name == "..":
