@@ -41,7 +41,7 @@ def test_it_begins_with_the_headers_of_a_mail_to_those_who_maintain_it() -> None
     to, cc = ({address for _, address in getaddresses([mail[name]])} for name in ("To", "Cc"))
     assert to == {f"{name}@linux.ibm.com" for name in ("borntraeger", "frankja", "imbrenda")}
     assert {"kvm@vger.kernel.org", "linux-s390@vger.kernel.org", "stable@vger.kernel.org", "david@kernel.org"} <= cc
-    assert mail.get_content().startswith("\nHello,\n") or mail.get_content().startswith("Hello,\n")
+    assert mail.get_content().startswith("Hello,\n")
 
 
 @pytest.mark.parametrize(("heading", "name"), PARTS.items())
@@ -63,7 +63,10 @@ def test_it_is_plain_text_that_no_mailer_has_to_encode() -> None:
     assert not re.search(r"\]\(|^#+ |^```|^\|", MAIL.read_text().partition("The patch\n===")[0], re.MULTILINE)
 
 
-def test_the_program_is_in_the_kernels_style_of_indentation() -> None:
-    for line in (DIRECTORY / "lost-keys.c").read_text().splitlines():
+@pytest.mark.parametrize("name", ["lost-keys.c", "trial/init.c", "trial/no-key.c"])
+def test_the_programs_are_in_the_kernels_style_of_indentation(name: str) -> None:
+    program = (DIRECTORY / name).read_text()
+    assert not too_long(program, CODE_COLUMNS)
+    for line in program.splitlines():
         assert not re.match(r" {2,}", line), line  # a comment's star has one space before it
         assert not line.endswith((" ", "\t")), line

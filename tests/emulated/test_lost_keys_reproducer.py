@@ -83,6 +83,11 @@ def test_the_first_key_of_each_page_table_that_is_not_there_is_lost_up_to_linux_
         assert status == NONE_LOST
 
 
+@pytest.mark.parametrize("name", ["init.c", "no-key.c"])
+def test_the_programs_of_the_patchs_trial_compile(name: str) -> None:
+    assert compiled(MAIL.parent / "trial" / name, "-static")[:4] == b"\x7fELF"
+
+
 def test_the_mail_quotes_what_is_printed(host: EmulatedHost) -> None:
     _, lines = reproduce(host, PGSTE)
 
