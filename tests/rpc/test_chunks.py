@@ -80,7 +80,13 @@ def test_a_chunk_is_the_same_bytes_wherever_the_ring_ends_and_whatever_was_befor
     assert write_down(Held(0x40, keys, min(cut, len(keys))), encodings) == whole
 
 
-@pytest.mark.parametrize(("keys", "encoding"), [(b"\x10" * 5000, RUNS), ((b"\x10" * 90 + b"\x20" * 90) * 90, ZSTD)])
+@pytest.mark.parametrize(
+    ("keys", "encoding"),
+    [
+        pytest.param(b"\x10" * 5000, RUNS, id="runs"),
+        pytest.param((b"\x10" * 90 + b"\x20" * 90) * 90, ZSTD, id="zstd"),
+    ],
+)
 def test_what_is_like_a_guests_keys_is_encoded(keys: bytes, encoding: int) -> None:
     message, _ = write_down(Held(0, keys), {RUNS, ZSTD})
     assert pb.GetSkeysResponse.FromString(message).chunk.encoding == encoding
