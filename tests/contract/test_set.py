@@ -173,15 +173,17 @@ def test_none_of_the_128_bytes_with_the_reserved_bit_is_a_key(make_vm: MakeVm) -
 @every_kernel
 def test_a_set_changes_the_keys_of_its_own_frames_and_no_others(make_vm: MakeVm) -> None:
     vm, other = make_vm((0, 3), (4, 2), (6, 1)), make_vm((0, 3), (4, 2), (6, 1))
-    areas = [(0, 3 * SEGMENT), (4 * SEGMENT, 3 * SEGMENT)]
-    for start, count in areas:
+    # No key is 0, and no two segments have the same.
+    before = (EVERY_KEY[1:] * 15)[: 7 * SEGMENT]
+    areas = [slice(0, 3 * SEGMENT), slice(4 * SEGMENT, 7 * SEGMENT)]
+    for area in areas:
         for one in (vm, other):
-            one.store(start, EVERY_KEY * (count // len(EVERY_KEY)))
+            one.store(area.start, before[area])
     vm.accept(SEGMENT - 3, b"\x42" * 9)
     vm.accept(6 * SEGMENT - 2, b"\x52" * 4)
-    wanted = bytearray(EVERY_KEY * (7 * SEGMENT // len(EVERY_KEY)))
-    wanted[SEGMENT - 3 : SEGMENT + 6] = b"\x42" * 9
-    wanted[6 * SEGMENT - 2 : 6 * SEGMENT + 2] = b"\x52" * 4
-    for start, count in areas:
-        assert vm.keys(start, count) == wanted[start : start + count]
-        assert other.keys(start, count) == EVERY_KEY * (count // len(EVERY_KEY))
+    after = bytearray(before)
+    after[SEGMENT - 3 : SEGMENT + 6] = b"\x42" * 9
+    after[6 * SEGMENT - 2 : 6 * SEGMENT + 2] = b"\x52" * 4
+    for area in areas:
+        assert vm.keys(area.start, 3 * SEGMENT) == after[area]
+        assert other.keys(area.start, 3 * SEGMENT) == before[area]
