@@ -72,9 +72,13 @@ class History:
             yield Get(slot.guest_phys_addr // FRAME_SIZE, slot.size // FRAME_SIZE, vm)
         yield Delete(vm)
 
+    def told(self) -> str:
+        """Write down what it does, an operation a line."""
+        return "\n".join(f"    {one}" for one in self.operations())
+
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         # What hypothesis writes down is what people have to read.
-        printer.text("\n    ".join(["", *map(str, self.operations())]))
+        printer.text(f"\n{self.told()}\n")
 
 
 # --- drawing them --------------------------------------------------------------------------------------------------
@@ -181,7 +185,7 @@ def agree(
         for operation, one, other in zip(operations, expected.play(*operations), found.play(*operations), strict=True)
         if one != other
     ]
-    assert not lines, "the kernels disagree:\n" + "\n".join(lines)
+    assert not lines, "\n".join(["the kernels disagree:", *lines, "in this history:", history.told()])
 
 
 def _short(answer: Answer) -> str:
