@@ -31,7 +31,8 @@ from tests.emulated.fixtures import SUITES
 ROOT: Final = Path(__file__).parents[2]
 SIMULATION: Final = "skeyd/worker/simulated.py"
 AT_ONCE: Final = 2
-PYTEST: Final = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+# Without the plugins that pytest would find by itself: to load them takes as long as all the rest.
+PYTEST: Final = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "pytest_timeout"]
 SAMPLE: Final = 40
 """Random histories that are enough to see what they are like."""
 Outcome = subprocess.CompletedProcess[str]
@@ -74,7 +75,7 @@ def run(copies: queue.SimpleQueue[Path], mutation: Mutation) -> Outcome:
         return subprocess.run(
             [*PYTEST, f"tests/contract/{mutation.caught_by}"],
             cwd=copy,
-            env={**os.environ, SUITES: ""},
+            env={**os.environ, SUITES: "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
