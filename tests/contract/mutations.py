@@ -591,4 +591,81 @@ MUTATIONS: Final = (
                 slot.keys = self._slots[number].keys""",
         "test_several_slots.py::test_each_of_32_slots_has_keys_of_its_own",
     ),
+    Mutation(
+        "touching makes page tables in a slot's first 16 segments only",
+        "        slot.has_page_table[segment] = 1\n        if self._process",
+        "        slot.has_page_table[segment] = segment < 16\n        if self._process",
+        "test_lost_keys.py::test_up_to_6_19_of_64_segments_those_that_were_touched_lose_none",
+    ),
+    Mutation(
+        "touching does nothing from the third slot on",
+        "        slot, frame, _, _ = parts[0]\n        segment",
+        """        slot, frame, _, _ = parts[0]
+        if slot in self._slots[2:]:
+            return
+        segment""",
+        "test_several_slots.py::test_up_to_6_19_an_access_is_seen_in_each_of_32_slots",
+    ),
+    Mutation(
+        "KEYOP finds 0 from the third slot on",
+        "        slot, frame, _, _ = parts[0]\n        old",
+        "        slot, frame, _, _ = parts[0]\n        if slot in self._slots[2:]:\n            return 0\n        old",
+        "test_several_slots.py::test_since_7_0_keyop_works_in_each_of_32_slots",
+    ),
+    Mutation(
+        "a GET of more than 300 keys sets R",
+        "        return True\n",
+        "            if count > 300:\n                slot.keys[first] |= REFERENCED\n        return True\n",
+        "test_drift.py::test_a_long_get_sets_neither_r_nor_c_and_enables_nothing",
+    ),
+    Mutation(
+        "a GET of more than 300 keys enables keys",
+        "            return False  # whatever count and start are\n",
+        "            self._process.uses_keys = buffer.nbytes > 300\n            return False\n",
+        "test_drift.py::test_a_long_get_sets_neither_r_nor_c_and_enables_nothing",
+    ),
+    Mutation(
+        "enabling gives R and C to the last 32 touched segments of a slot",
+        "            slot.touched_keyless.add(segment)\n",
+        "            slot.touched_keyless = {*sorted(slot.touched_keyless)[-31:], segment}\n",
+        "test_drift.py::test_up_to_6_19_enabling_gives_r_and_c_to_each_of_60_touched_segments",
+    ),
+    Mutation(
+        "enabling wipes the last 100 keys only that KEYOP has set",
+        "            slot.set_keyless.add(frame)\n",
+        "            slot.set_keyless = {*sorted(slot.set_keyless)[-99:], frame}\n",
+        "test_keyop.py::test_all_keys_that_sske_gave_a_keyless_guest_are_gone_once_keys_are_enabled",
+    ),
+    Mutation(
+        "a hole 64 Ki frames or more into a GET is no error",
+        "        if reached < buffer.nbytes:\n            raise",
+        "        if reached < buffer.nbytes and reached < 65536:\n            raise",
+        "test_get.py::test_a_hole_fails_the_call_however_late_in_it",
+    ),
+    Mutation(
+        "a hole 64 Ki frames or more into a SET is no error",
+        "            raise self._hole(_SET) if stop == reached else",
+        """            if stop == reached and stop >= 65536:
+                return
+            raise self._hole(_SET) if stop == reached else""",
+        "test_set.py::test_a_hole_fails_a_set_however_late_in_it",
+    ),
+    Mutation(
+        "touching does nothing from gfn 2^33 on",
+        "        if not self._rules.host_page_tables:\n            return\n",
+        "        if not self._rules.host_page_tables or gfn >= 1 << 33:\n            return\n",
+        "test_drift.py::test_up_to_6_19_an_access_far_up_changes_the_key_of_its_frame_and_no_other",
+    ),
+    Mutation(
+        "a read of a frame with ACC 5 sets C too",
+        "|= REFERENCED | CHANGED if write else REFERENCED",
+        "|= REFERENCED | CHANGED if write or slot.keys[frame] >> 4 == 5 else REFERENCED",
+        "test_drift.py::test_up_to_6_19_an_access_changes_each_of_the_128_keys_in_r_and_c_alone",
+    ),
+    Mutation(
+        "enabling skips the first slot of a process with more than 4",
+        "            for slot in self.slots:\n                slot.enable()",
+        "            for slot in self.slots[2 * (len(self.slots) > 4) :]:\n                slot.enable()",
+        "test_several_slots.py::test_up_to_6_19_enabling_gives_r_and_c_to_the_touched_segments_of_9_vms",
+    ),
 )

@@ -16,7 +16,7 @@ from tests.contract.real import RealKernel
 from tests.contract.simulated import SimulatedKernel
 
 TIMEOUT: Final = 600 + 3 * HISTORIES
-"""Seconds; a history takes some fifth of one on an idle machine."""
+"""Seconds; a history takes some third of one, two cores shared with others."""
 
 
 def _simulation_of(kernels: Kernels, real: RealKernel) -> SimulatedKernel:

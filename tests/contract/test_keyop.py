@@ -151,3 +151,12 @@ def test_since_7_2_a_frame_in_no_slot_is_efault_in_a_keyless_guest_too(process: 
     vm = new_vm(process, (0, 1))
     assert keyop(vm, operation, MIB, 0x30) == EFAULT
     assert vm.is_keyless()
+
+
+@since_7_0
+def test_all_keys_that_sske_gave_a_keyless_guest_are_gone_once_keys_are_enabled(process: Process) -> None:
+    vm = new_vm(process)
+    for gfn in range(0, 4 * SEGMENT, 5):
+        assert keyop(vm, SSKE, gfn * PAGE, 0x36) == gives(0)
+    vm.accept(0, b"\0")
+    assert vm.keys(0, 4 * SEGMENT) == bytes(4 * SEGMENT)

@@ -169,3 +169,14 @@ def test_since_7_0_no_key_of_the_longest_set_is_lost(make_vm: MakeVm) -> None:
     vm = make_vm((0, MAX // SEGMENT))
     vm.accept(0, b"\x30" * MAX)
     assert vm.keys(0, MAX) == b"\x30" * MAX
+
+
+@up_to_6_19
+def test_up_to_6_19_of_64_segments_those_that_were_touched_lose_none(make_vm: MakeVm) -> None:
+    vm = make_vm((0, 64))
+    touched = [segment for segment in range(64) if segment % 5]
+    for segment in touched:
+        vm.touch(segment * SEGMENT + 3 * segment, write=False)
+    vm.accept(0, b"\x30" * 64 * SEGMENT)
+    first = b"".join(b"\x30" if segment in touched else b"\0" for segment in range(64))
+    assert vm.keys(0, 64 * SEGMENT) == b"".join(bytes([key]) + b"\x30" * (SEGMENT - 1) for key in first)

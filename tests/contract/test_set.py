@@ -187,3 +187,12 @@ def test_a_set_changes_the_keys_of_its_own_frames_and_no_others(make_vm: MakeVm)
     for area in areas:
         assert vm.keys(area.start, 3 * SEGMENT) == after[area]
         assert other.keys(area.start, 3 * SEGMENT) == before[area]
+
+
+@every_kernel
+@pytest.mark.parametrize("before", [SEGMENT, 7 * SEGMENT, MAX - SEGMENT])
+def test_a_hole_fails_a_set_however_late_in_it(make_vm: MakeVm, generation: str, before: int) -> None:
+    vm = make_vm((0, before // SEGMENT))
+    for _ in range(2):  # what a kernel loses the first time it keeps the second
+        assert vm.set(0, b"\x30" * (before + 1)) == hole(generation)
+    assert vm.keys(0, before) == b"\x30" * before

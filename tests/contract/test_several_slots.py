@@ -181,3 +181,36 @@ def test_since_7_0_enabling_wipes_what_keyop_has_set_in_all_slots_of_its_own_vm_
     one.accept(0, b"\0")
     assert [keyop(one, ISKE, gfn) for gfn in (1, SECOND + 1)] == [Answer(keys=b"\0")] * 2
     assert [keyop(other, ISKE, gfn) for gfn in (1, SECOND + 1)] == [Answer(keys=b"\x36")] * 2
+
+
+SCATTERED = [(2 * number, 1) for number in range(32)]
+
+
+@up_to_6_19
+def test_up_to_6_19_an_access_is_seen_in_each_of_32_slots(make_vm: MakeVm) -> None:
+    vm = make_vm(*SCATTERED)
+    for start, _ in SCATTERED:
+        vm.touch(start * SEGMENT + 9, write=True)
+        assert vm.keys(start * SEGMENT, SEGMENT) == bytes(9) + bytes([RC]) + bytes(SEGMENT - 10)
+        vm.accept(start * SEGMENT, b"\x30")
+        assert vm.keys(start * SEGMENT, 2) == b"\x30\0"
+
+
+@since_7_0
+def test_since_7_0_keyop_works_in_each_of_32_slots(make_vm: MakeVm) -> None:
+    vm = make_vm(*SCATTERED)
+    for start, _ in SCATTERED:
+        gfn = start * SEGMENT + 9
+        assert keyop(vm, SSKE, gfn, 0x80 + start) == Answer(keys=b"\0")
+        assert keyop(vm, ISKE, gfn) == Answer(keys=bytes([0x80 + start]))
+        assert vm.keys(gfn - 1, 3) == bytes([0, 0x80 + start, 0])
+
+
+@up_to_6_19
+def test_up_to_6_19_enabling_gives_r_and_c_to_the_touched_segments_of_9_vms(process: Process) -> None:
+    vms = [new_vm(process, (0, 1), (3, 1), number=number) for number in range(9)]
+    for vm in vms:
+        vm.touch(SECOND, write=False)
+    vms[4].accept(0, b"\0")
+    for vm in vms:
+        assert vm.keys(SECOND, SEGMENT) == bytes([RC]) * SEGMENT
