@@ -20,6 +20,8 @@ class Mutation:
     new: str
     caught_by: str
     """FILE::TEST in tests/contract."""
+    shows: str = "AssertionError"
+    """What the test fails with: a mutation that is no more than nonsense must not pass for one that was caught."""
 
 
 MUTATIONS: Final = (
@@ -373,5 +375,299 @@ MUTATIONS: Final = (
         "        stop = reached if bad is None else min(bad, reached)",
         "        stop = reached if bad is None or bad >= parts[0][3] else min(bad, reached)",
         "test_several_slots.py::test_a_reserved_bit_in_the_second_slot_is_told_before_a_hole_behind_it",
+    ),
+    Mutation(
+        "a VM made later wipes the keys of the process's other VMs",
+        "        self._process.slots.extend(self._slots)\n",
+        """        for slot in self._process.slots:
+            slot.keys[:] = bytes(len(slot.keys))
+        self._process.slots.extend(self._slots)
+""",
+        "test_keyedness.py::test_a_vm_made_later_leaves_the_keys_of_the_others_alone",
+    ),
+    Mutation(
+        "closing a VM wipes the keys of the others",
+        """        self._slots = []
+""",
+        """        self._slots = []
+        for slot in self._process.slots:
+            slot.keys[:] = bytes(len(slot.keys))
+""",
+        "test_keyedness.py::test_closing_a_vm_leaves_the_keys_of_the_others_alone",
+    ),
+    Mutation(
+        "a VM that is closed leaves its slots in the process",
+        """            self._process.slots.remove(slot)
+""",
+        "",
+        "test_keyedness.py::test_keys_are_enabled_as_ever_when_a_vm_whose_memory_was_touched_is_gone",
+        shows="ValueError: mmap closed or invalid",
+    ),
+    Mutation(
+        "enabling gives R and C to one touched segment of a slot only",
+        "for segment in self.touched_keyless:",
+        "for segment in list(self.touched_keyless)[:1]:",
+        "test_drift.py::test_up_to_6_19_enabling_gives_r_and_c_to_every_touched_segment_of_a_slot",
+    ),
+    Mutation(
+        "a reserved bit from the thousandth key of a SET on is ignored",
+        "bad = first_reserved(keys)",
+        "bad = first_reserved(keys[:1000])",
+        "test_set.py::test_a_reserved_bit_is_einval_however_late_in_the_call",
+    ),
+    Mutation(
+        "only the first 8 segments of a SET lose keys",
+        "if not slot.has_page_table[segment]:",
+        "if not slot.has_page_table[segment] and at < 8 * SEGMENT_FRAMES:",
+        "test_lost_keys.py::test_up_to_6_19_each_of_the_segments_of_the_longest_set_loses_its_key",
+    ),
+    Mutation(
+        "GET gives zeros for slots that begin 64 Ki frames and more into the call",
+        "buffer[at : at + count] = slot.keys[first : first + count]",
+        "buffer[at : at + count] = slot.keys[first : first + count] if at < 65536 else bytes(count)",
+        "test_several_slots.py::test_one_call_reads_the_keys_of_all_slots_however_far_from_its_first_frame_they_begin",
+    ),
+    Mutation(
+        "a SET that fails enables keys, and gives R and C to no touched segment",
+        """        self._process.enable()  # even if it then fails
+        parts, reached = self._parts(start_gfn, len(keys))
+""",
+        """        parts, reached = self._parts(start_gfn, len(keys))
+        if reached < len(keys) or first_reserved(keys) is not None:
+            for slot in self._process.slots:
+                slot.touched_keyless.clear()
+        self._process.enable()
+""",
+        "test_drift.py::test_up_to_6_19_a_set_that_fails_gives_r_and_c_to_touched_segments_all_the_same",
+    ),
+    Mutation(
+        "a SET that fails enables keys, and wipes none that KEYOP has set",
+        """        self._process.enable()  # even if it then fails
+        parts, reached = self._parts(start_gfn, len(keys))
+""",
+        """        parts, reached = self._parts(start_gfn, len(keys))
+        if reached < len(keys) or first_reserved(keys) is not None:
+            for slot in self._process.slots:
+                slot.set_keyless.clear()
+        self._process.enable()
+""",
+        "test_several_slots.py::test_since_7_0_a_set_that_fails_wipes_what_keyop_has_set_all_the_same",
+    ),
+    Mutation(
+        "a SET whose first key is bad enables keys for its own VM only",
+        """        self._process.enable()  # even if it then fails
+""",
+        """        if keys[0] & RESERVED and self._rules.host_page_tables and not self._process.uses_keys:
+            self._process.slots = [slot for slot in self._process.slots if slot not in self._slots]
+            self._process = SimulatedProcess()
+            self._process.slots = list(self._slots)
+        self._process.enable()
+""",
+        "test_keyedness.py::test_up_to_6_19_a_set_that_fails_in_one_vm_enables_keys_for_the_others_too",
+    ),
+    Mutation(
+        "enabling wipes what KEYOP has set in one slot only",
+        """            for slot in self.slots:
+                slot.enable()""",
+        """            for slot in self.slots if not any(slot.set_keyless for slot in self.slots) else self.slots[:1]:
+                slot.enable()""",
+        "test_several_slots.py::test_since_7_0_enabling_wipes_what_keyop_has_set_in_all_slots_of_its_own_vm_only",
+    ),
+    Mutation(
+        "ISKE takes R away",
+        """        if operation == abi.KVM_S390_KEYOP_ISKE:
+            return old
+""",
+        """        if operation == abi.KVM_S390_KEYOP_ISKE:
+            slot.keys[frame] = old & ~REFERENCED
+            return old
+""",
+        "test_keyop.py::test_iske_changes_nothing",
+    ),
+    Mutation(
+        "SSKE drops fetch protection",
+        "slot.keys[frame] = key & ~RESERVED",
+        "slot.keys[frame] = key & 0xF6",
+        "test_keyop.py::test_each_of_the_128_keys_goes_through_keyop_as_it_is",
+    ),
+    Mutation(
+        "a SET sets the first key of the next segment to 0",
+        """            slot.keys[first + at : first + at + here] = part
+""",
+        """            slot.keys[first + at : first + at + here] = part
+            if (segment + 1) * SEGMENT_FRAMES < slot.frames.count:
+                slot.keys[(segment + 1) * SEGMENT_FRAMES] = 0
+""",
+        "test_set.py::test_a_set_changes_the_keys_of_its_own_frames_and_no_others",
+    ),
+    Mutation(
+        "the SET that enables keys loses none",
+        "        self._process.enable()  # even if it then fails\n",
+        """        if not self._process.uses_keys and self._rules.loses_keys:
+            for slot in self._slots:
+                slot.has_page_table[:] = b"\\1" * len(slot.has_page_table)
+        self._process.enable()
+""",
+        "test_lost_keys.py::test_up_to_6_19_the_first_set_of_a_process_loses_keys_too",
+    ),
+    Mutation(
+        "a segment whose first 128 keys are 0 loses none",
+        "                if zeros < len(part):\n",
+        "                if zeros < min(len(part), 128):\n",
+        "test_lost_keys.py::test_up_to_6_19_a_key_is_lost_however_many_0s_come_before_it",
+    ),
+    Mutation(
+        "a key without ACC and F makes a page table and is kept",
+        """                if zeros < len(part):
+                    slot.has_page_table[segment] = 1
+""",
+        """                if zeros < len(part):
+                    slot.has_page_table[segment] = 1
+                if zeros < len(part) and part[zeros] & 0xF8:
+""",
+        "test_lost_keys.py::test_up_to_6_19_a_key_is_lost_whichever_of_its_bits_are_set",
+    ),
+    Mutation(
+        "a page table of one VM saves the keys of the others at the same frames",
+        "        slot.has_page_table[segment] = 1\n        if self._process",
+        """        for one in self._process.slots:
+            if segment < len(one.has_page_table):
+                one.has_page_table[segment] = 1
+        if self._process""",
+        "test_lost_keys.py::test_up_to_6_19_a_page_table_saves_no_key_of_another_vm",
+    ),
+    Mutation(
+        "a VM made when keys are used gets R and C only once they are enabled",
+        """        if self._process.uses_keys:
+            slot.keys[frame] |=""",
+        """        if self._process.uses_keys and slot in self._process.slots[:1]:
+            slot.keys[frame] |=""",
+        "test_keyedness.py::test_up_to_6_19_an_access_to_a_vm_made_later_changes_its_key_at_once",
+    ),
+    Mutation(
+        "a process forgets that it uses keys when its last VM is closed",
+        """        self._slots = []
+""",
+        """        self._slots = []
+        self._process.uses_keys = bool(self._process.slots) and self._process.uses_keys
+""",
+        "test_keyedness.py::test_up_to_6_19_a_vm_made_later_uses_keys_from_its_beginning_even_when_the_first_is_gone",
+    ),
+    Mutation(
+        "a SET of more than 64 Ki keys sets those only",
+        "            if at < stop:\n                self._store(slot, first, keys[at : min(at + count, stop)])",
+        "            if at < stop:\n                self._store(slot, first, keys[at : min(at + count, stop, 65536)])",
+        "test_several_slots.py::test_one_call_sets_the_keys_of_all_slots_however_far_from_its_first_frame_they_begin",
+    ),
+    Mutation(
+        "up to 6.19 the keys of the segment before a reserved bit are not set",
+        "        stop = reached if bad is None else min(bad, reached)",
+        "        stop = reached if bad is None else min(bad - bad % SEGMENT_FRAMES if bad > 256 else bad, reached)",
+        "test_set.py::test_up_to_6_19_all_keys_before_a_late_reserved_bit_stay_set",
+    ),
+    Mutation(
+        "a keyless guest has no frame in a hole that 7.0 gives a key",
+        """        leaked = self._rules.hole_returns
+        if leaked is None:""",
+        """        leaked = self._rules.hole_returns if self._process.uses_keys else None
+        if leaked is None:""",
+        "test_keyop.py::test_7_0_finds_that_number_in_a_keyless_guest_too",
+    ),
+    Mutation(
+        "keys are enabled for the first 8 VMs of a process only",
+        "            self.uses_keys = True\n            for slot in self.slots:",
+        "            self.uses_keys = len(self.slots) < 9\n            for slot in self.slots:",
+        "test_keyedness.py::test_up_to_6_19_one_set_enables_keys_for_many_vms",
+    ),
+    Mutation(
+        "a byte with the reserved bit and no other is a key",
+        "bad = first_reserved(keys)",
+        'bad = first_reserved(keys.replace(b"\\1", b"\\0"))',
+        "test_set.py::test_none_of_the_128_bytes_with_the_reserved_bit_is_a_key",
+    ),
+    Mutation(
+        "only the first 16 slots of a VM have keys of their own",
+        "            self._slots = [_Slot(slot.frames) for slot in self.memory_map.slots]",
+        """            self._slots = [_Slot(slot.frames) for slot in self.memory_map.slots]
+            for number, slot in enumerate(self._slots[16:]):
+                slot.keys = self._slots[number].keys""",
+        "test_several_slots.py::test_each_of_32_slots_has_keys_of_its_own",
+    ),
+    Mutation(
+        "touching makes page tables in a slot's first 16 segments only",
+        "        slot.has_page_table[segment] = 1\n        if self._process",
+        "        slot.has_page_table[segment] = segment < 16\n        if self._process",
+        "test_lost_keys.py::test_up_to_6_19_of_64_segments_those_that_were_touched_lose_none",
+    ),
+    Mutation(
+        "touching does nothing from the third slot on",
+        "        slot, frame, _, _ = parts[0]\n        segment",
+        """        slot, frame, _, _ = parts[0]
+        if slot in self._slots[2:]:
+            return
+        segment""",
+        "test_several_slots.py::test_up_to_6_19_an_access_is_seen_in_each_of_32_slots",
+    ),
+    Mutation(
+        "KEYOP finds 0 from the third slot on",
+        "        slot, frame, _, _ = parts[0]\n        old",
+        "        slot, frame, _, _ = parts[0]\n        if slot in self._slots[2:]:\n            return 0\n        old",
+        "test_several_slots.py::test_since_7_0_keyop_works_in_each_of_32_slots",
+    ),
+    Mutation(
+        "a GET of more than 300 keys sets R",
+        "        return True\n",
+        "            if count > 300:\n                slot.keys[first] |= REFERENCED\n        return True\n",
+        "test_drift.py::test_a_long_get_sets_neither_r_nor_c_and_enables_nothing",
+    ),
+    Mutation(
+        "a GET of more than 300 keys enables keys",
+        "            return False  # whatever count and start are\n",
+        "            self._process.uses_keys = buffer.nbytes > 300\n            return False\n",
+        "test_drift.py::test_a_long_get_sets_neither_r_nor_c_and_enables_nothing",
+    ),
+    Mutation(
+        "enabling gives R and C to the last 32 touched segments of a slot",
+        "            slot.touched_keyless.add(segment)\n",
+        "            slot.touched_keyless = {*sorted(slot.touched_keyless)[-31:], segment}\n",
+        "test_drift.py::test_up_to_6_19_enabling_gives_r_and_c_to_each_of_60_touched_segments",
+    ),
+    Mutation(
+        "enabling wipes the last 100 keys only that KEYOP has set",
+        "            slot.set_keyless.add(frame)\n",
+        "            slot.set_keyless = {*sorted(slot.set_keyless)[-99:], frame}\n",
+        "test_keyop.py::test_all_keys_that_sske_gave_a_keyless_guest_are_gone_once_keys_are_enabled",
+    ),
+    Mutation(
+        "a hole 64 Ki frames or more into a GET is no error",
+        "        if reached < buffer.nbytes:\n            raise",
+        "        if reached < buffer.nbytes and reached < 65536:\n            raise",
+        "test_get.py::test_a_hole_fails_the_call_however_late_in_it",
+    ),
+    Mutation(
+        "a hole 64 Ki frames or more into a SET is no error",
+        "            raise self._hole(_SET) if stop == reached else",
+        """            if stop == reached and stop >= 65536:
+                return
+            raise self._hole(_SET) if stop == reached else""",
+        "test_set.py::test_a_hole_fails_a_set_however_late_in_it",
+    ),
+    Mutation(
+        "touching does nothing from gfn 2^33 on",
+        "        if not self._rules.host_page_tables:\n            return\n",
+        "        if not self._rules.host_page_tables or gfn >= 1 << 33:\n            return\n",
+        "test_drift.py::test_up_to_6_19_an_access_far_up_changes_the_key_of_its_frame_and_no_other",
+    ),
+    Mutation(
+        "a read of a frame with ACC 5 sets C too",
+        "|= REFERENCED | CHANGED if write else REFERENCED",
+        "|= REFERENCED | CHANGED if write or slot.keys[frame] >> 4 == 5 else REFERENCED",
+        "test_drift.py::test_up_to_6_19_an_access_changes_each_of_the_128_keys_in_r_and_c_alone",
+    ),
+    Mutation(
+        "enabling skips the first slot of a process with more than 4",
+        "            for slot in self.slots:\n                slot.enable()",
+        "            for slot in self.slots[2 * (len(self.slots) > 4) :]:\n                slot.enable()",
+        "test_several_slots.py::test_up_to_6_19_enabling_gives_r_and_c_to_the_touched_segments_of_9_vms",
     ),
 )

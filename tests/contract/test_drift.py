@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
 from tests.contract.conftest import MakeVm
 from tests.contract.kernels import every_kernel, since_7_0, up_to_6_19
-from tests.contract.operations import DONE, Create, Delete
-from tests.contract.subject import SEGMENT, Subject, Vm, slots
+from tests.contract.operations import DONE, KEYLESS, Answer, Create, Delete
+from tests.contract.subject import SEGMENT, Subject, Vm, hole, slots
 
 R, RC = 0x04, 0x06
 
@@ -92,3 +94,86 @@ def test_reading_keys_sets_neither_r_nor_c(make_vm: MakeVm) -> None:
     vm.store(0, b"\x10\0\x08")
     for _ in range(2):
         assert vm.keys(0, 4) == b"\x10\0\x08\0"
+
+
+@up_to_6_19
+def test_up_to_6_19_enabling_gives_r_and_c_to_every_touched_segment_of_a_slot(keyless_vm: MakeVm) -> None:
+    vm = keyless_vm((0, 12))
+    touched = (0, 1, 5, 9, 11)
+    for segment in touched:
+        vm.touch(segment * SEGMENT + 7, write=False)
+    vm.accept(2 * SEGMENT, b"\0")
+    found = vm.keys(0, 12 * SEGMENT)
+    keys = [bytes([RC]) * SEGMENT if segment in touched else bytes(SEGMENT) for segment in range(12)]
+    assert found == b"".join(keys)
+
+
+@up_to_6_19
+@pytest.mark.parametrize(
+    ("start", "keys", "answer"),
+    [
+        pytest.param(2 * SEGMENT, b"\0", hole("4.19"), id="a hole"),
+        pytest.param(SEGMENT, b"\x01", Answer.refused(errno.EINVAL), id="a bad key"),
+    ],
+)
+def test_up_to_6_19_a_set_that_fails_gives_r_and_c_to_touched_segments_all_the_same(
+    keyless_vm: MakeVm, start: int, keys: bytes, answer: Answer
+) -> None:
+    vm = keyless_vm((0, 2))
+    vm.touch(3, write=False)
+    assert vm.set(start, keys) == answer
+    assert vm.keys(0, 2 * SEGMENT) == bytes([RC]) * SEGMENT + bytes(SEGMENT)
+
+
+@up_to_6_19
+def test_up_to_6_19_what_was_touched_before_keys_are_enabled_gets_r_and_c_once(keyless_vm: MakeVm) -> None:
+    vm = keyless_vm((0, 2))
+    vm.touch(3, write=True)
+    vm.accept(0, bytes(SEGMENT))
+    vm.accept(SEGMENT, b"\0")
+    assert vm.keys(0, 2 * SEGMENT) == bytes(2 * SEGMENT)
+
+
+@up_to_6_19
+@pytest.mark.parametrize("far", [1 << 32, 1 << 34])
+@pytest.mark.parametrize("write", [True, False])
+def test_up_to_6_19_an_access_far_up_changes_the_key_of_its_frame_and_no_other(
+    make_vm: MakeVm, write: bool, far: int
+) -> None:
+    vm = make_vm((0, 1), (far // SEGMENT, 2))
+    vm.touch(far + SEGMENT + 1, write=write)
+    assert vm.keys(far, 2 * SEGMENT) == bytes(SEGMENT + 1) + bytes([RC if write else R]) + bytes(SEGMENT - 2)
+    assert vm.keys(0, SEGMENT) == bytes(SEGMENT)
+
+
+@up_to_6_19
+def test_up_to_6_19_enabling_gives_r_and_c_to_each_of_60_touched_segments(keyless_vm: MakeVm) -> None:
+    vm = keyless_vm((0, 64))
+    for segment in range(60):
+        vm.touch(segment * SEGMENT + segment, write=False)
+    vm.accept(63 * SEGMENT, b"\0")
+    assert vm.keys(0, 64 * SEGMENT) == bytes([RC]) * 60 * SEGMENT + bytes(4 * SEGMENT)
+
+
+@up_to_6_19
+@pytest.mark.parametrize(("write", "bits"), [(True, RC), (False, R)])
+def test_up_to_6_19_an_access_changes_each_of_the_128_keys_in_r_and_c_alone(
+    make_vm: MakeVm, write: bool, bits: int
+) -> None:
+    vm = make_vm((0, 1))
+    every_key = bytes(range(0, 256, 2))
+    vm.store(0, every_key)
+    for gfn in range(len(every_key)):
+        vm.touch(gfn, write=write)
+    assert vm.keys(0, 128) == bytes(key | bits for key in every_key)
+
+
+@every_kernel
+def test_a_long_get_sets_neither_r_nor_c_and_enables_nothing(keyless_vm: MakeVm) -> None:
+    vm = keyless_vm((0, 64))
+    for count in (1, 2 * SEGMENT, 1000, 64 * SEGMENT):
+        assert vm.get(0, count) == KEYLESS
+    assert vm.is_keyless()
+    vm.store(0, b"\x30" * 64 * SEGMENT)
+    for _ in range(2):
+        assert vm.keys(0, 64 * SEGMENT) == b"\x30" * 64 * SEGMENT

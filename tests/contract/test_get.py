@@ -94,3 +94,12 @@ def test_memory_that_was_never_touched_has_key_0(make_vm: MakeVm) -> None:
     vm = make_vm((0, 2), (5, 1))
     assert vm.keys(0, 2 * SEGMENT) == bytes(2 * SEGMENT)
     assert vm.keys(5 * SEGMENT, SEGMENT) == bytes(SEGMENT)
+
+
+@every_kernel
+@pytest.mark.parametrize("before", [1, SEGMENT, 2000 // SEGMENT * SEGMENT, MAX - SEGMENT])
+def test_a_hole_fails_the_call_however_late_in_it(make_vm: MakeVm, generation: str, before: int) -> None:
+    vm = make_vm((0, max(1, before // SEGMENT)))
+    start = 0 if before >= SEGMENT else SEGMENT - before
+    assert vm.get(start, before + 1) == hole(generation)
+    assert vm.keys(start, before) == bytes(before)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+
+import pytest
+
 from tests.contract.kernels import every_kernel, since_7_0, up_to_6_19
-from tests.contract.operations import DONE, Delete
-from tests.contract.subject import SEGMENT, Process, Subject, new_vm
+from tests.contract.operations import DONE, Answer, Delete
+from tests.contract.subject import MAX, SEGMENT, Process, Subject, new_vm
 
 
 @every_kernel
@@ -73,3 +77,93 @@ def test_processes_know_nothing_of_each_other(subject: Subject) -> None:
         assert vm.is_keyless()
         vm.accept(0, b"\0")
         assert vm.keys(0, 1) == b"\0"
+
+
+@up_to_6_19
+def test_up_to_6_19_one_set_enables_keys_for_many_vms(process: Process) -> None:
+    vms = [new_vm(process, (0, 1), number=number) for number in range(9)]
+    vms[4].accept(0, b"\0")
+    assert [vm.keys(0, 2) for vm in vms] == [bytes(2)] * 9
+
+
+@every_kernel
+@pytest.mark.parametrize("uses_keys", [True, False])
+def test_a_vm_made_later_leaves_the_keys_of_the_others_alone(process: Process, uses_keys: bool) -> None:
+    one, other = new_vm(process, (0, 2), (3, 1)), new_vm(process, number=1)
+    for vm in (one, other):
+        vm.store(SEGMENT + 1, b"\x10\x20")
+    one.store(3 * SEGMENT, b"\x30")
+    later = new_vm(process, (0, 2), (3, 1), number=2)
+    if uses_keys:
+        later.store(0, b"\x50" * 2 * SEGMENT)
+    assert one.keys(0, 2 * SEGMENT) == bytes(SEGMENT + 1) + b"\x10\x20" + bytes(SEGMENT - 3)
+    assert one.keys(3 * SEGMENT, 2) == b"\x30\0"
+    assert other.keys(SEGMENT, 4) == b"\0\x10\x20\0"
+
+
+@every_kernel
+@pytest.mark.parametrize("gone", [0, 1, 2])
+def test_closing_a_vm_leaves_the_keys_of_the_others_alone(process: Process, gone: int) -> None:
+    vms = [new_vm(process, (0, 1), (3, 1), number=number) for number in range(3)]
+    for vm in vms:
+        for gfn in (5, 3 * SEGMENT):
+            vm.store(gfn, bytes([0x10 + 0x10 * vm.number]))
+    assert process.play(Delete(gone)) == [DONE]
+    for vm in vms:
+        if vm.number != gone:
+            key = bytes([0x10 + 0x10 * vm.number])
+            assert (vm.keys(4, 3), vm.keys(3 * SEGMENT, 2)) == (b"\0" + key + b"\0", key + b"\0")
+            assert vm.set(6, key) == DONE
+
+
+@every_kernel
+def test_keys_are_enabled_as_ever_when_a_vm_whose_memory_was_touched_is_gone(process: Process) -> None:
+    gone, stays = new_vm(process, (0, 1), (3, 1)), new_vm(process, (0, 1), number=1)
+    gone.touch(0, write=True)
+    gone.touch(3 * SEGMENT, write=False)
+    assert process.play(Delete()) == [DONE]
+    assert stays.is_keyless()
+    stays.accept(0, b"\0")
+    assert stays.keys(0, SEGMENT) == bytes(SEGMENT)
+
+
+@every_kernel
+def test_a_vm_in_the_place_of_one_that_is_gone_has_keys_0(process: Process) -> None:
+    new_vm(process, (0, 2)).store(0, b"\x30" * 2 * SEGMENT)
+    assert process.play(Delete()) == [DONE]
+    vm = new_vm(process, (0, 2))
+    vm.accept(0, b"\0")
+    assert vm.keys(0, 2 * SEGMENT) == bytes(2 * SEGMENT)
+
+
+@up_to_6_19
+def test_up_to_6_19_a_vm_in_the_place_of_one_that_is_gone_has_none_of_its_page_tables(process: Process) -> None:
+    new_vm(process, (0, 2)).store(0, b"\x30" * 2 * SEGMENT)
+    assert process.play(Delete()) == [DONE]
+    vm = new_vm(process, (0, 2))
+    vm.accept(0, b"\x30" * 2 * SEGMENT)
+    assert vm.keys(0, 2 * SEGMENT) == (b"\0" + b"\x30" * (SEGMENT - 1)) * 2
+
+
+@up_to_6_19
+def test_up_to_6_19_an_access_to_a_vm_made_later_changes_its_key_at_once(process: Process) -> None:
+    new_vm(process).accept(0, b"\0")
+    vm = new_vm(process, (0, 1), number=1)
+    vm.touch(3, write=True)
+    assert vm.keys(0, SEGMENT) == bytes(3) + b"\x06" + bytes(SEGMENT - 4)
+
+
+@up_to_6_19
+def test_up_to_6_19_a_set_that_fails_in_one_vm_enables_keys_for_the_others_too(process: Process) -> None:
+    one, other = new_vm(process), new_vm(process, number=1)
+    assert one.set(0, b"\x11") == Answer.refused(errno.EINVAL)
+    assert other.keys(0, 4) == bytes(4)
+
+
+@every_kernel
+@pytest.mark.parametrize("count", [0, MAX + 1])
+def test_a_set_with_a_bad_count_leaves_all_vms_of_the_process_keyless(process: Process, count: int) -> None:
+    one, other = new_vm(process), new_vm(process, number=1)
+    assert one.set(0, bytes(count)) == Answer.refused(errno.EINVAL)
+    assert one.is_keyless()
+    assert other.is_keyless()

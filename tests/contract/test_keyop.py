@@ -118,3 +118,45 @@ def test_a_key_that_sske_gave_a_keyless_guest_is_gone_once_keys_are_enabled(proc
     assert vm.keys(0, 2) == b"\0\0"
     assert vm.keys(SEGMENT, 1) == b"\0"
     assert keyop(vm, ISKE, PAGE) == gives(0)
+
+
+@since_7_0
+def test_iske_changes_nothing(make_vm: MakeVm) -> None:
+    vm = make_vm()
+    vm.accept(0, b"\xfe\xfe")
+    assert [keyop(vm, ISKE, 0) for _ in range(2)] == [gives(0xFE)] * 2
+    assert vm.keys(0, 2) == b"\xfe\xfe"
+
+
+@since_7_0
+def test_each_of_the_128_keys_goes_through_keyop_as_it_is(make_vm: MakeVm) -> None:
+    vm = make_vm()
+    every_key = range(0, 256, 2)
+    assert [keyop(vm, SSKE, key * PAGE, key) for key in every_key] == [gives(0)] * 128
+    assert [keyop(vm, ISKE, key * PAGE) for key in every_key] == [gives(key) for key in every_key]
+    assert vm.keys(0, SEGMENT) == bytes(0 if frame % 2 else frame for frame in range(SEGMENT))
+
+
+@over("7.0")
+@pytest.mark.parametrize(("operation", "given"), [(ISKE, 0x05), (RRBE, 0x0A), (SSKE, 0x30)])
+def test_7_0_finds_that_number_in_a_keyless_guest_too(process: Process, operation: int, given: int) -> None:
+    vm = new_vm(process, (0, 1))
+    assert keyop(vm, operation, MIB, 0x30) == gives(given)
+    assert vm.is_keyless()
+
+
+@over("7.2")
+@pytest.mark.parametrize("operation", [ISKE, RRBE, SSKE])
+def test_since_7_2_a_frame_in_no_slot_is_efault_in_a_keyless_guest_too(process: Process, operation: int) -> None:
+    vm = new_vm(process, (0, 1))
+    assert keyop(vm, operation, MIB, 0x30) == EFAULT
+    assert vm.is_keyless()
+
+
+@since_7_0
+def test_all_keys_that_sske_gave_a_keyless_guest_are_gone_once_keys_are_enabled(process: Process) -> None:
+    vm = new_vm(process)
+    for gfn in range(0, 4 * SEGMENT, 5):
+        assert keyop(vm, SSKE, gfn * PAGE, 0x36) == gives(0)
+    vm.accept(0, b"\0")
+    assert vm.keys(0, 4 * SEGMENT) == bytes(4 * SEGMENT)

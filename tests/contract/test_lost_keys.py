@@ -9,7 +9,7 @@ import pytest
 from tests.contract.conftest import MakeVm
 from tests.contract.kernels import since_7_0, up_to_6_19
 from tests.contract.operations import Answer
-from tests.contract.subject import SEGMENT, hole
+from tests.contract.subject import MAX, SEGMENT, hole
 
 FRAMES = 8 * SEGMENT
 KEYS = bytes(range(0, 256, 2)) * (FRAMES // 128)
@@ -123,3 +123,60 @@ def test_since_7_0_no_key_is_lost(make_vm: MakeVm) -> None:
     vm = make_vm((0, 8))
     vm.accept(0, KEYS)
     assert vm.keys(0, FRAMES) == KEYS
+
+
+@up_to_6_19
+def test_up_to_6_19_each_of_the_segments_of_the_longest_set_loses_its_key(make_vm: MakeVm) -> None:
+    vm = make_vm((0, MAX // SEGMENT))
+    vm.accept(0, b"\x30" * MAX)
+    assert vm.keys(0, MAX) == (b"\0" + b"\x30" * (SEGMENT - 1)) * (MAX // SEGMENT)
+
+
+@up_to_6_19
+@pytest.mark.parametrize("first", [0, 1, 127, 128, SEGMENT - 2, SEGMENT - 1])
+def test_up_to_6_19_a_key_is_lost_however_many_0s_come_before_it(make_vm: MakeVm, first: int) -> None:
+    vm = make_vm((0, 2))
+    vm.accept(0, bytes(first) + b"\x30" * (SEGMENT - first) + b"\0\x30")
+    assert vm.keys(0, SEGMENT + 2) == bytes(first + 1) + b"\x30" * (SEGMENT - first - 1) + b"\0\0"
+
+
+@up_to_6_19
+@pytest.mark.parametrize("key", [0x02, 0x04, 0x06, 0x08, 0x10, 0x80, 0xFE])
+def test_up_to_6_19_a_key_is_lost_whichever_of_its_bits_are_set(make_vm: MakeVm, key: int) -> None:
+    vm = make_vm((0, 1))
+    vm.accept(3, bytes([key, key]))
+    assert vm.keys(3, 2) == bytes([0, key])
+
+
+@up_to_6_19
+def test_up_to_6_19_the_first_set_of_a_process_loses_keys_too(keyless_vm: MakeVm) -> None:
+    vm = keyless_vm((0, 2))
+    vm.accept(0, b"\x30" * 2 * SEGMENT)
+    assert vm.keys(0, 2 * SEGMENT) == (b"\0" + b"\x30" * (SEGMENT - 1)) * 2
+
+
+@up_to_6_19
+def test_up_to_6_19_a_page_table_saves_no_key_of_another_vm(make_vm: MakeVm) -> None:
+    one, other = make_vm((0, 1)), make_vm((0, 1))
+    one.store(0, b"\x30")
+    one.touch(9, write=True)
+    other.accept(0, b"\x30\x30")
+    assert other.keys(0, 2) == b"\0\x30"
+
+
+@since_7_0
+def test_since_7_0_no_key_of_the_longest_set_is_lost(make_vm: MakeVm) -> None:
+    vm = make_vm((0, MAX // SEGMENT))
+    vm.accept(0, b"\x30" * MAX)
+    assert vm.keys(0, MAX) == b"\x30" * MAX
+
+
+@up_to_6_19
+def test_up_to_6_19_of_64_segments_those_that_were_touched_lose_none(make_vm: MakeVm) -> None:
+    vm = make_vm((0, 64))
+    touched = [segment for segment in range(64) if segment % 5]
+    for segment in touched:
+        vm.touch(segment * SEGMENT + 3 * segment, write=False)
+    vm.accept(0, b"\x30" * 64 * SEGMENT)
+    first = b"".join(b"\x30" if segment in touched else b"\0" for segment in range(64))
+    assert vm.keys(0, 64 * SEGMENT) == b"".join(bytes([key]) + b"\x30" * (SEGMENT - 1) for key in first)

@@ -129,3 +129,70 @@ def test_since_7_0_a_reserved_bit_is_told_before_a_hole(make_vm: MakeVm, start: 
     vm.store(SEGMENT - 2, b"\x10\x10")
     assert vm.set(start, b"\x20\x30\x40\x51") == EINVAL
     assert vm.keys(SEGMENT - 2, 2) == b"\x10\x10"
+
+
+LATE = [1, SEGMENT - 1, SEGMENT, 999, 1000, 4096, 65_535, 65_536, MAX // 2, MAX - 1]
+"""Indexes in a call, up to the last there can be."""
+
+
+@every_kernel
+@pytest.mark.parametrize("index", LATE)
+def test_a_reserved_bit_is_einval_however_late_in_the_call(make_vm: MakeVm, index: int) -> None:
+    vm = make_vm((0, MAX // SEGMENT))
+    keys = bytearray(index + 1)
+    keys[index] = 0x01
+    assert vm.set(0, bytes(keys)) == EINVAL
+    assert vm.keys(index, 1) == b"\0"
+
+
+@since_7_0
+@pytest.mark.parametrize("index", LATE)
+def test_since_7_0_a_reserved_bit_however_late_sets_nothing(make_vm: MakeVm, index: int) -> None:
+    vm = make_vm((0, MAX // SEGMENT))
+    assert vm.set(0, b"\x30" * index + b"\x31") == EINVAL
+    assert vm.keys(0, index + 1) == bytes(index + 1)
+
+
+@up_to_6_19
+@pytest.mark.parametrize("index", [SEGMENT, 1000, 65_536])
+def test_up_to_6_19_all_keys_before_a_late_reserved_bit_stay_set(make_vm: MakeVm, index: int) -> None:
+    vm = make_vm((0, MAX // SEGMENT))
+    for _ in range(2):  # what the kernel loses the first time it keeps the second
+        assert vm.set(0, b"\x30" * index + b"\x31") == EINVAL
+    assert vm.keys(0, index + 1) == b"\x30" * index + b"\0"
+
+
+@every_kernel
+def test_none_of_the_128_bytes_with_the_reserved_bit_is_a_key(make_vm: MakeVm) -> None:
+    vm = make_vm((0, 1))
+    for byte in range(1, 256, 2):
+        assert vm.set(0, bytes([byte])) == EINVAL, byte
+    assert vm.keys(0, SEGMENT) == bytes(SEGMENT)
+
+
+@every_kernel
+def test_a_set_changes_the_keys_of_its_own_frames_and_no_others(make_vm: MakeVm) -> None:
+    vm, other = make_vm((0, 3), (4, 2), (6, 1)), make_vm((0, 3), (4, 2), (6, 1))
+    # No key is 0, and no two segments have the same.
+    before = (EVERY_KEY[1:] * 15)[: 7 * SEGMENT]
+    areas = [slice(0, 3 * SEGMENT), slice(4 * SEGMENT, 7 * SEGMENT)]
+    for area in areas:
+        for one in (vm, other):
+            one.store(area.start, before[area])
+    vm.accept(SEGMENT - 3, b"\x42" * 9)
+    vm.accept(6 * SEGMENT - 2, b"\x52" * 4)
+    after = bytearray(before)
+    after[SEGMENT - 3 : SEGMENT + 6] = b"\x42" * 9
+    after[6 * SEGMENT - 2 : 6 * SEGMENT + 2] = b"\x52" * 4
+    for area in areas:
+        assert vm.keys(area.start, 3 * SEGMENT) == after[area]
+        assert other.keys(area.start, 3 * SEGMENT) == before[area]
+
+
+@every_kernel
+@pytest.mark.parametrize("before", [SEGMENT, 7 * SEGMENT, MAX - SEGMENT])
+def test_a_hole_fails_a_set_however_late_in_it(make_vm: MakeVm, generation: str, before: int) -> None:
+    vm = make_vm((0, before // SEGMENT))
+    for _ in range(2):  # what a kernel loses the first time it keeps the second
+        assert vm.set(0, b"\x30" * (before + 1)) == hole(generation)
+    assert vm.keys(0, before) == b"\x30" * before
