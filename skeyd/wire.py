@@ -14,13 +14,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+CHUNK_FIELDS_MAX: Final = 64
+"""Most fields of a chunk that the generated classes are given in a large message. It has five; a later version's may
+have more."""
+
 CHUNK_FIELD: Final = 2
 """Of GetSkeysResponse and of SetSkeysRequest."""
 
 FIELDS: Final = {"start_gfn": 1, "count": 2, "encoding": 3, "data": 4, "crc32": 5}
 """Of Chunk. Those of wire type VARINT, VARINT, VARINT, LEN and I32."""
 
-_VARINT, _LEN, _I32 = 0, 2, 5
+_VARINT, _I64, _LEN, _I32 = 0, 1, 2, 5
+_FIXED_BYTES: Final = {_I64: 8, _I32: 4}
 _CHUNK: Final = CHUNK_FIELD << 3 | _LEN
 _START: Final = FIELDS["start_gfn"] << 3 | _VARINT
 _COUNT: Final = FIELDS["count"] << 3 | _VARINT
@@ -82,12 +87,15 @@ def read_chunk_message(message: bytes) -> ChunkMessage | None:
 
 
 def is_one_chunk(message: bytes) -> bool:
-    """Whether a message is one chunk from end to end, good or bad, and so takes no more memory when it is parsed."""
+    """Whether a message is one chunk from end to end, of CHUNK_FIELDS_MAX fields at most.
+
+    Only so it takes no more memory than its bytes when it is parsed, whichever implementation of protobuf does that.
+    """
     try:
         size, at = _tagged(message, 0, _CHUNK)
+        return bool(at) and at + size == len(message) and _has_few_fields(message, at)
     except IndexError:
         return False
-    return bool(at) and at + size == len(message)
 
 
 def _read(message: bytes) -> ChunkMessage | None:
@@ -109,12 +117,34 @@ def _read(message: bytes) -> ChunkMessage | None:
     return ChunkMessage(start_gfn, count, encoding, memoryview(message)[at:end], crc32)
 
 
+def _has_few_fields(message: bytes, at: int) -> bool:
+    for _ in range(CHUNK_FIELDS_MAX):
+        tag, at = _varint(message, at)
+        wire_type = tag & 7
+        if wire_type == _VARINT:
+            _, at = _varint(message, at)
+        elif wire_type == _LEN:
+            length, at = _varint(message, at)
+            at += length
+        elif wire_type in _FIXED_BYTES:
+            at += _FIXED_BYTES[wire_type]
+        else:
+            return False  # a group, which has fields of its own, or nothing that there is
+        if at >= len(message):
+            return at == len(message)
+    return False
+
+
 def _tagged(message: bytes, at: int, tag: int) -> tuple[int, int]:
     # A field's number and where it ends; (0, at) where another field is there, or none.
     if at == len(message) or message[at] != tag:
         return 0, at
+    return _varint(message, at + 1)
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
     number = shift = 0
-    for index in range(at + 1, at + 11):
+    for index in range(at, at + 10):
         byte = message[index]
         number |= (byte & 0x7F) << shift
         if byte < 0x80:

@@ -88,6 +88,12 @@ def test_a_daemon_may_write_its_fields_in_any_order(daemon: LyingDaemon, client:
     assert list(KeyStream(iter([parts[0], found, *parts[2:]]))) == list(KeyStream(iter(parts)))
 
 
+def test_a_chunk_of_very_many_fields_is_refused_before_it_is_parsed() -> None:
+    message = b"\x12\xc0\xcf\x24" + b"\x78\x01" * 300_000
+    with pytest.raises(StreamError, match=str(len(message))):
+        get_skeys_response(message)
+
+
 def test_a_header_of_absurd_size_is_refused_before_it_is_parsed(daemon: LyingDaemon, client: Client) -> None:
     large = pb.GetSkeysResponse()
     large.header.CopyFrom(header((0, 4)).header)

@@ -119,7 +119,16 @@ def test_a_large_chunk_is_a_chunk_however_it_is_written() -> None:
         set_skeys_request(whole + b"\x12\x00")
 
 
-@pytest.mark.parametrize("message", [b"\x12", b"\x12" + b"\xff" * 600_000, b"\xff" * 600_000, b"\x12\x00" * 300_000])
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"\x12",
+        b"\x12" + b"\xff" * 600_000,
+        b"\xff" * 600_000,
+        b"\x12\x00" * 300_000,
+        b"\x12\xc0\xcf\x24" + b"\x78\x01" * 300_000,
+    ],
+)
 def test_what_only_begins_like_a_chunk_has_the_limit_of_all_others(message: bytes) -> None:
     with pytest.raises(Exception) as refused:  # noqa: PT011  protobuf's own for the short one
         set_skeys_request(message)
