@@ -131,6 +131,33 @@ def test_slices_that_overlap_come_back_last_first() -> None:
     assert [ours.pop() for _ in range(4)] == [*reversed(slices), None]
 
 
+@pytest.mark.parametrize(
+    ("old", "worth_it"),
+    [
+        (some_keys(journal.JOINED_KEYS), False),
+        (bytes(range(16, 256, 16)) * 4370, False),  # no two alike side by side, and half of them all the same
+        ((b"\x10" * 8 + b"\x30" * 8) * 4096, True),
+    ],
+)
+def test_time_is_spent_on_keys_in_runs_only(
+    old: bytes, worth_it: bool, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deflated, looked_at = journal._deflated, list[int]()
+
+    def look(data: bytes) -> bytes:
+        looked_at.append(len(data))
+        return deflated(data)
+
+    monkeypatch.setattr(journal, "_deflated", look)
+    stack = Journal(disk.open)
+    frames = GfnRange(0, len(old))
+    stack.push(frames, old)
+    assert (len(old) in looked_at) == worth_it
+    assert min(looked_at) < len(old) // 8
+    assert stack.pop() == (frames, old)
+    stack.close()
+
+
 @pytest.mark.parametrize("size", [1, 7, 256])
 @pytest.mark.parametrize("kind", ["random", "one key"])
 def test_small_slices_cost_no_more_than_large_ones(size: int, kind: str) -> None:
