@@ -66,7 +66,7 @@ soak: $(READY) ## 10,000 random kills of front, worker and client in the middle 
 benchmark: $(READY) ## What GETs and verified SETs cost, as ratios to the raw ioctls, on a real s390x kernel in the emulated host
 	$(BIN)/python -m tests.emulated.prepare
 	$(BIN)/python -m benchmarks.repair $(or $(SKEYD_EMULATED_SUITES),bookworm forky)
-	$(BIN)/python -m benchmarks.end_to_end $(or $(SKEYD_EMULATED_SUITES),bookworm forky)
+	$(BIN)/python -m benchmarks.end_to_end $(or $(SKEYD_EMULATED_SUITES),bookworm forky) $(BENCHMARK)
 
 # Against a C++ gRPC server, which they build from Debian's packages; root installs those that are missing.
 .PHONY: benchmark-streams
