@@ -28,7 +28,6 @@ from benchmarks.harness import (
     Daemon,
     Peer,
     Processes,
-    Report,
     Told,
     cpp_client,
     ratio,
@@ -38,6 +37,7 @@ from benchmarks.harness import (
     values,
 )
 from benchmarks.mixes import MIXES, mean_run, write
+from benchmarks.report import Report
 
 OFFERS: Final = {"raw": "", "runs": "runs", "zstd": "zstd", "both": "runs,zstd"}
 HELD: Final = "both"

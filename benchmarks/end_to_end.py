@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:  # not inside the host
-    from benchmarks.harness import Report
+    from benchmarks.report import Report
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 INSIDE: Final = "/srv/benchmark"
@@ -232,7 +232,7 @@ def main() -> None:
     if options.inside:
         measure(options.mib, options.rounds)
         return
-    from benchmarks.harness import Report
+    from benchmarks.report import Report
 
     report = Report("end_to_end", options.rounds)
     for suite in options.suites:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: daemons and peers as processes, clients that are told what to do, rounds, ratios, reports.
+"""What the benchmarks share: daemons and peers as processes, clients that are told what to do, rounds and ratios.
 
 Every comparison is made within one run, in rounds that interleave what is compared, on one machine, and every figure
 is the median of the rounds' ratios: absolute times change with the machine and with what else runs on it.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
-import platform
 import shutil
 import signal
 import statistics
@@ -19,16 +19,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, Self
 
+from benchmarks.report import ROOT, Report
 from skeyd.client import connect
 from skeyd.v1 import vm_pb2, vm_service_pb2
 
-ROOT: Final = Path(__file__).resolve().parent.parent
 PEER: Final = ROOT / "benchmarks" / "peer"
 BUILD: Final = PEER / "build"
 PACKAGES: Final = ROOT / "benchmarks" / "debian-packages"
@@ -365,106 +364,7 @@ def ratio(upper: Sequence[float], lower: Sequence[float]) -> dict[str, float]:
 def percentile(found: Sequence[float], percent: float) -> float:
     """Return a percentile: the least value that so many are not above."""
     ordered = sorted(found)
-    return ordered[min(len(ordered) - 1, max(0, -(-len(ordered) * percent // 100) - 1).__int__())]
-
-
-def machine() -> dict[str, Any]:
-    """Describe the machine and what runs on it."""
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.machine(),
-    )
-    pkg_config = shutil.which("pkg-config")
-    grpc_cpp = ""
-    if pkg_config:
-        done = subprocess.run([pkg_config, "--modversion", "grpc++"], capture_output=True, text=True, check=False)
-        grpc_cpp = done.stdout.strip()
-    git = shutil.which("git")
-    commit = ""
-    if git:
-        done = subprocess.run(
-            [git, "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-        )
-        commit = done.stdout.strip()
-    return {
-        "cpu": model,
-        "cpus": os.cpu_count(),
-        "memory_mib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // MIB,
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "grpcio": metadata.version("grpcio"),
-        "protobuf": metadata.version("protobuf"),
-        "libgrpc++": grpc_cpp,
-        "commit": commit,
-    }
-
-
-def _cpu_stall() -> float:
-    # Seconds since boot in which something was ready to run and had no CPU; 0 where the kernel doesn't count them.
-    try:
-        some = Path("/proc/pressure/cpu").read_text().splitlines()[0]
-    except OSError:
-        return 0.0
-    return int(some.rpartition("total=")[2]) / 1e6
-
-
-@dataclass
-class Report:
-    """What a benchmark found, as JSON and as a table."""
-
-    name: str
-    rounds: int
-    results: dict[str, Any] = field(default_factory=dict)
-    _lines: list[tuple[str, ...]] = field(default_factory=list)
-    _targets: list[dict[str, Any]] = field(default_factory=list)
-    _load: float = field(default_factory=lambda: os.getloadavg()[0])
-    _begun: float = field(default_factory=time.time)
-    _stall: float = field(default_factory=lambda: _cpu_stall())
-
-    def line(self, *cells: object) -> None:
-        """Add a line to the table."""
-        self._lines.append(tuple(map(str, cells)))
-
-    def target(self, what: str, wanted: str, got: float, reached: bool) -> None:
-        """Say whether a figure was reached."""
-        self._targets.append({"what": what, "wanted": wanted, "got": got, "reached": reached})
-        self.line("reached" if reached else "NOT REACHED", what, f"wanted {wanted}", f"got {got:g}")
-
-    def at_least(self, what: str, wanted: float, got: float) -> None:
-        """Hold a figure against a least one."""
-        self.target(what, f">= {wanted:g}", got, got >= wanted)
-
-    def at_most(self, what: str, wanted: float, got: float) -> None:
-        """Hold a figure against a most one."""
-        self.target(what, f"<= {wanted:g}", got, got <= wanted)
-
-    def show(self, path: Path | None) -> None:
-        """Print the table, then the JSON; into a file too if one is named."""
-        columns = max((len(line) for line in self._lines), default=0)
-        widths = [max((len(line[at]) for line in self._lines if at < len(line)), default=0) for at in range(columns)]
-        for line in self._lines:
-            padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=False))
-            sys.stdout.write("  ".join(padded).rstrip() + "\n")
-        whole = {
-            "benchmark": self.name,
-            "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._begun)),
-            "took_seconds": round(time.time() - self._begun, 1),
-            "rounds": self.rounds,
-            "machine": machine(),
-            "cpu_pressure": round((_cpu_stall() - self._stall) / (time.time() - self._begun), 3),
-            "load": {"before": round(self._load, 2), "after": round(os.getloadavg()[0], 2)},
-            "targets": self._targets,
-            "table": self._lines,
-            "results": self.results,
-        }
-        said = json.dumps(whole, indent=1)
-        sys.stdout.write(said + "\n")
-        if path is not None:
-            path.write_text(said + "\n")
+    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
 
 def run(

@@ -24,7 +24,6 @@ from benchmarks.harness import (
     Daemon,
     Peer,
     Processes,
-    Report,
     Told,
     connections,
     cpp_client,
@@ -33,6 +32,7 @@ from benchmarks.harness import (
     run,
 )
 from benchmarks.mixes import write
+from benchmarks.report import Report
 
 KEYS: Final = 64 * MIB
 PING_LIMITS: Final = {4: 10.0, 16: 20.0, 64: 50.0}

@@ -20,7 +20,6 @@ from benchmarks.harness import (
     VM,
     Daemon,
     Processes,
-    Report,
     Told,
     cpp_client,
     memory_of,
@@ -29,6 +28,7 @@ from benchmarks.harness import (
     run,
 )
 from benchmarks.mixes import write
+from benchmarks.report import Report
 
 SIZES: Final = {"16 MiB": 16 * MIB, "256 MiB": 256 * MIB, "4 GiB": 4096 * MIB}
 STREAMS: Final = (1, 4, 16)

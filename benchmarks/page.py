@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
-from benchmarks.harness import ROOT
+from benchmarks.report import ROOT
 
 FIGURES: Final = ROOT / "benchmarks" / "figures"
 PAGE: Final = ROOT / "docs" / "benchmarks.md"

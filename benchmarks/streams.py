@@ -20,13 +20,11 @@ from typing import Any
 from benchmarks.harness import (
     CHUNK,
     MIB,
-    ROOT,
     VM,
     Case,
     Daemon,
     Peer,
     Processes,
-    Report,
     Told,
     copy_seconds,
     cpp_client,
@@ -38,6 +36,7 @@ from benchmarks.harness import (
     values,
 )
 from benchmarks.mixes import write
+from benchmarks.report import ROOT, Report
 
 
 def _get(client: Told, **more: object) -> Case:

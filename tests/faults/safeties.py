@@ -43,7 +43,7 @@ SAFETIES: Final = (
         "worker/transactions.py",
         "            current.dirty += damaged.frames\n",
         "            current.dirty += [*damaged.frames, *journal.rest()]\n            self._settle()\n",
-        "worker/test_transactions.py::test_old_keys_that_are_damaged_are_dirty_frames_and_all_others_are_set_again",
+        "worker/test_rollback.py::test_old_keys_that_are_damaged_are_dirty_frames_and_all_others_are_set_again",
     ),
     Safety(
         "what was set is read back",
@@ -119,7 +119,7 @@ SAFETIES: Final = (
         "worker/transactions.py",
         "    if fingerprint != before:\n",
         "    if False:\n",
-        "worker/test_transactions.py::test_a_request_id_stands_for_one_request",
+        "worker/test_repeated_calls.py::test_a_request_id_stands_for_one_request",
     ),
     Safety(
         "what is committed is what the front wanted set",
@@ -133,7 +133,7 @@ SAFETIES: Final = (
         "worker/transactions.py",
         'current.uncertain if outcome == "kept" else current.dirty',
         "current.dirty",
-        "worker/test_transactions.py::test_a_kept_call_names_the_frames_that_the_kernel_stopped_in_the_middle_of",
+        "worker/test_repeated_calls.py::test_a_kept_call_names_the_frames_that_the_kernel_stopped_in_the_middle_of",
     ),
     Safety(
         "an answer that came too late is taken for no other",

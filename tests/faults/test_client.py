@@ -6,7 +6,8 @@ from typing import Final
 
 import pytest
 
-from tests.faults.world import Fault, World
+from tests.faults.subjects import Fault
+from tests.faults.world import World
 
 KERNELS: Final = ("4.19", "7.0", "7.2")
 MODES: Final = (False, True)

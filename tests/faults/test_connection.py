@@ -11,7 +11,8 @@ import pytest
 from skeyd.v1 import storage_key_service_pb2 as pb
 from tests.faults.calls import CHUNK_KEYS, Connection, set_skeys
 from tests.faults.cutter import Cutter, Place
-from tests.faults.world import FRAMES, OLD, World
+from tests.faults.subjects import FRAMES, OLD
+from tests.faults.world import World
 
 KERNELS: Final = ("4.19", "7.0", "7.2")
 CHUNKS: Final = 5

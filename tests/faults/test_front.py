@@ -7,7 +7,8 @@ from typing import Final
 
 import pytest
 
-from tests.faults.world import Fault, World
+from tests.faults.subjects import Fault
+from tests.faults.world import World
 
 POINTS: Final = (
     "session.status",

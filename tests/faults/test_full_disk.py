@@ -14,7 +14,9 @@ import grpc
 import pytest
 
 from tests.faults.calls import set_skeys
-from tests.faults.world import KERNELS, Guest, NoNamespace, World
+from tests.faults.processes import NoNamespace
+from tests.faults.subjects import KERNELS, Guest
+from tests.faults.world import World
 
 DISK_BYTES: Final = 1 << 20
 MODES: Final = (False, True)

@@ -18,7 +18,8 @@ import pytest
 from skeyd.v1 import vm_pb2
 from tests.faults import nonsense
 from tests.faults.calls import DEADLINE
-from tests.faults.world import Fault, World, acc_f
+from tests.faults.subjects import Fault, acc_f
+from tests.faults.world import World
 
 ERRORS: Final = ("EINTR", "ENOMEM", "EIO", "EFAULT")
 MOMENTS: Final = ("before", "after")

@@ -1,107 +1,40 @@
-"""A host to hurt: a front with points, its VMs, and the oracle's judgement of what is left of them."""
+"""A host to hurt: a front with points, and its VMs."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import os
-import random
-import select
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from skeyd.v1 import vm_pb2, vm_service_pb2, vm_service_pb2_grpc
 from tests.faults.calls import DEADLINE, Connection, Plan, Told, set_skeys
-from tests.faults.front_points import PATIENCE, SLICE_KEYS
-from tests.faults.oracle import Oracle, WorkerGone
+from tests.faults.case import Case
+from tests.faults.front_points import PATIENCE
+from tests.faults.oracle import Oracle
+from tests.faults.processes import (
+    SETTLED_SECONDS,
+    ClientProcess,
+    Held,
+    has_ended,
+    held_by,
+    is_stopped,
+    nursery,
+)
+from tests.faults.subjects import FRAMES, KERNELS, KEYS, OLD, RANGES, Fault, Guest, acc_f, some_keys
 from tests.faults.trigger import TRACE, fired_name, order_name
-from tests.processes import look_at
 
-ROOT: Final = Path(__file__).parents[2]
-FRAMES: Final = 1024
-RANGES: Final = ((100, 412), (700, 100), (820, 100))
-"""What a call sets, of a guest of four segments: chunks of 200, 200, 12, 100 and 100 frames, which are 13 slices."""
-KEYS: Final = sum(count for _, count in RANGES)
-SETTLED_SECONDS: Final = 60.0
-"""How long what is under way may take to end, on a machine with much else to do."""
-KERNELS: Final = {
-    "4.19": vm_pb2.SIMULATED_KERNEL_LINUX_4_19,
-    "7.0": vm_pb2.SIMULATED_KERNEL_LINUX_7_0,
-    "7.2": vm_pb2.SIMULATED_KERNEL_LINUX_7_2,
-    "owned": vm_pb2.SIMULATED_KERNEL_UNSPECIFIED,
-}
-"""Kernels below a VM; "owned" is this machine's own."""
-
-_EVEN: Final = bytes(byte & 0xFE for byte in range(256))
-_ACC_F: Final = bytes(byte & 0xF8 for byte in range(256))
-_REFERENCED_CHANGED: Final = 0x06
 _numbers = itertools.count(1)
-
-
-def some_keys(count: int, seed: int) -> bytes:
-    """Return keys that look like nothing in particular; the same ones for the same seed."""
-    return random.Random(seed).randbytes(count).translate(_EVEN)  # noqa: S311  no secret
-
-
-def acc_f(keys: bytes) -> bytes:
-    """Return what nobody but a SET changes."""
-    return keys.translate(_ACC_F)
-
-
-OLD: Final = some_keys(256, 1) + bytes(256) + some_keys(256, 2) + bytes(256)
-"""Keys of a guest before a call. The second and the fourth MiB have none yet: there Linux up to 6.19 loses one."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Something to happen once."""
-
-    who: str
-    """ "front", "client" or "worker"; the last is the worker of the VM that is written to."""
-    point: str
-    action: str
-    nth: int = 1
-
-    def __str__(self) -> str:
-        return f"{self.who}-{self.point}-{self.action}-{self.nth}"
-
-
-@dataclass
-class Guest:
-    """A VM to be written to."""
-
-    name: str
-    kernel: str
-    old: bytes | None
-    """All its keys; None: it uses none."""
-    incarnation: str
-    worker_pid: int
-
-    @property
-    def vm_id(self) -> str:
-        """The name without its "vms/"."""
-        return self.name.removeprefix("vms/")
-
-
-@dataclass(frozen=True)
-class Held:
-    """What two processes hold open."""
-
-    front: Counter[str]
-    worker: Counter[str]
 
 
 class Front:
@@ -122,13 +55,6 @@ class Front:
         """Let go of it."""
         self.connection.channel.close()
         os.close(self.pidfd)
-
-
-def has_ended(pidfd: int, seconds: float) -> bool:
-    """Wait for the end of a process, for so long."""
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(seconds * 1000))
 
 
 class World:
@@ -385,7 +311,7 @@ class World:
 
     def held(self, guest: Guest) -> Held:
         """Look what front and worker hold open. What is grpc's own comes and goes as it likes."""
-        return Held(_held_by(self.front.pid, of_grpc_too=False), _held_by(guest.worker_pid, of_grpc_too=True))
+        return Held(held_by(self.front.pid, of_grpc_too=False), held_by(guest.worker_pid, of_grpc_too=True))
 
     def held_at_rest(self, guest: Guest) -> Held:
         """Look when nobody talks with the worker: each learns that the other has hung up when it comes to it."""
@@ -412,301 +338,3 @@ class World:
         except BaseException:
             self.forget(guest)
             raise
-
-
-class ClientProcess:
-    """A client as a process of its own."""
-
-    def __init__(self, pid: int, out: int) -> None:
-        self.pid = pid
-        self._out = out
-
-    def told(self, seconds: float = DEADLINE) -> Told | None:
-        """Wait for what it was told; None where it was killed, or has not been told by then."""
-        poll = select.poll()
-        poll.register(self._out, select.POLLIN)
-        if not poll.poll(seconds * 1000):
-            return None
-        data = os.read(self._out, 1 << 16)
-        return Told.read(data) if data else None
-
-    def kill(self) -> None:
-        """Kill it, if it is still there."""
-        with suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
-
-    def close(self) -> None:
-        """End it and forget it."""
-        self.kill()
-        os.close(self._out)
-
-
-class Case:
-    """One call that something was done to."""
-
-    def __init__(
-        self, world: World, guest: Guest, plan: Plan, held: Held, front_pid: int, faults: tuple[Fault, ...]
-    ) -> None:
-        self.world = world
-        self.guest = guest
-        self.plan = plan
-        self.told = Told("")
-        """What the client was told, to be set."""
-        self.outcome = ""
-        """What came of it, as the judgement found."""
-        self._held = held
-        self._front_pid = front_pid
-        self._faults = faults
-
-    def judge(self) -> None:
-        """Hold everything against the invariants of docs/design.md."""
-        world, guest = self.world, self.guest
-        self._settle()
-        for fault in self._faults:
-            # A fault that never happened shows nothing.
-            assert world.fired(guest, fault), f"{fault} never happened; told {self.told}"
-        vm = world.look(guest)
-        try:
-            now = world.read(guest)
-        except WorkerGone:
-            # A process that was killed hangs up before it lets go of its lock: it is dead once it has.
-            until = time.monotonic() + SETTLED_SECONDS
-            while (vm.state != vm_pb2.VM_STATE_DEAD or look_at(guest.worker_pid)) and time.monotonic() < until:
-                vm = world.look(guest)
-            self._judge_dead(vm)
-            self._judge_others()
-            return
-        assert vm.state == vm_pb2.VM_STATE_READY, vm
-        assert vm.incarnation == guest.incarnation
-        assert vm.uses_storage_keys == (now is not None)
-        self._judge_enabled(now)
-        mine = vm.last_write.request_id == self.plan.request_id and vm.HasField("last_write")
-        found = vm_pb2.WriteOutcome.Name(vm.last_write.outcome).removeprefix("WRITE_OUTCOME_") if mine else "UNCHANGED"
-        if self.plan.validate_only:
-            assert found == "UNCHANGED"
-        elif self._is_known:
-            assert self.told.outcome == found, f"told {self.told}, and GetVm says {vm.last_write}"
-        self.outcome = found
-        self._judge_keys(now, vm.last_write if mine else vm_pb2.LastWrite())
-        self._judge_held()
-        self._judge_others()
-        self._judge_next(vm)
-
-    @property
-    def _is_known(self) -> bool:
-        return self.told.outcome not in ("", "UNKNOWN")
-
-    def _settle(self) -> None:
-        # Until nobody writes and nothing is being rolled back: a header alone says so, and changes nothing.
-        probe = Plan(self.guest.name, ((0, 1),), b"\0", allow_enable=True, end="close", chunks=0)
-        until = time.monotonic() + SETTLED_SECONDS
-        # A front that was killed may not have ended yet.
-        while (told := self.world.set_skeys(probe)).reason == "VM_BUSY" or told.is_of_nobody:
-            assert time.monotonic() < until, f"it never settles: {told}"
-        assert told.reason in ("STREAM_INCOMPLETE", "VM_DEAD"), told
-
-    def _judge_dead(self, vm: vm_pb2.Vm) -> None:
-        assert vm.state == vm_pb2.VM_STATE_DEAD, vm
-        assert look_at(self.guest.worker_pid) is None
-        self.outcome = "DEAD"
-        told = self.world.set_skeys(self.world.plan(self.guest, allow_enable=True))
-        assert told.reason == "VM_DEAD"
-        assert told.metadata.get("outcome", "UNCHANGED") == "UNCHANGED"
-        self.world.delete(self.guest)
-        self._judge_front()
-
-    def _judge_enabled(self, now: bytes | None) -> None:
-        # 4: nothing is enabled that nobody allowed, and who can be told is told.
-        if now is None or self.guest.old is not None:
-            assert not self.told.enabled
-            return
-        assert self.plan.allow_enable
-        assert self.told.enabled or not self._is_known, self.told
-
-    def _judge_keys(self, now: bytes | None, last: vm_pb2.LastWrite) -> None:
-        # 1 and 2.
-        world, guest, plan = self.world, self.guest, self.plan
-        frames = plan.frames()
-        if now is None:
-            assert guest.old is None
-            assert self.outcome in ("UNCHANGED", "ROLLED_BACK") or (self.outcome == "KEPT" and not last.keys_set)
-            return
-        old = bytes(FRAMES) if guest.old is None else guest.old
-        new = bytearray(old)
-        for gfn, key in zip(frames, plan.keys, strict=True):
-            new[gfn] = key
-        told = self.told
-        match self.outcome:  # which is what was told, if anything was
-            case "APPLIED":
-                world.require_equal(guest, acc_f(now), acc_f(bytes(new)), "ACC and F of an applied call")
-                beside = [gfn for gfn in range(FRAMES) if gfn not in set(frames)]
-                world.require_equal(guest, _at(now, beside), _at(old, beside), "keys beside an applied call")
-                lost = [gfn for gfn in frames if new[gfn] & ~now[gfn] & _REFERENCED_CHANGED]
-                assert not lost or guest.kernel == "owned"
-                assert last.keys_set == len(plan.keys)
-                if self._is_known:
-                    assert (told.keys_set, told.crc32) == (len(plan.keys), zlib.crc32(plan.keys))
-            case "UNCHANGED" | "ROLLED_BACK":
-                world.require_equal(guest, now, old, f"the keys of a call that is {self.outcome}")
-            case "DIRTY":
-                dirty = {gfn for one in last.dirty for gfn in range(one.start_gfn, one.start_gfn + one.count)}
-                assert dirty
-                assert dirty <= set(frames) or len(last.dirty) == 256
-                beside = [gfn for gfn in range(FRAMES) if gfn not in dirty]
-                world.require_equal(guest, _at(now, beside), _at(old, beside), "keys beside dirty frames")
-                assert _at(now, sorted(dirty)) != _at(old, sorted(dirty)), "no frame is dirty"
-                if self._is_known:
-                    assert told.metadata["dirty"].split(",")[0] == _first(last)
-            case "KEPT":
-                self._judge_kept(now, old, last)
-            case other:
-                raise AssertionError(f"no end of a call: {other}")
-
-    def _judge_kept(self, now: bytes, old: bytes, last: vm_pb2.LastWrite) -> None:
-        plan, told, frames = self.plan, self.told, self.plan.frames()
-        assert plan.keep
-        done = last.keys_set
-        # Where the kernel stopped in the middle of a slice, all who ask are told of it.
-        unsure = [gfn for one in last.dirty for gfn in range(one.start_gfn, one.start_gfn + one.count)]
-        assert not unsure or unsure == list(range(unsure[0], unsure[0] + len(unsure)))
-        assert len(unsure) <= SLICE_KEYS
-        assert set(unsure) <= set(frames[done:])
-        assert acc_f(_at(now, frames[:done])) == acc_f(plan.keys[:done])
-        if done:
-            assert last.next_gfn == frames[done - 1] + 1
-        if self._is_known:
-            assert (told.keys_set, told.crc32) == (done, zlib.crc32(plan.keys[:done])), told
-            assert int(told.metadata["next_gfn"], 16) == [*frames, frames[-1] + 1][done]
-            assert _frames_of(told.metadata.get("uncertain", "")) == unsure
-        rest = [gfn for gfn in range(FRAMES) if gfn not in {*frames[:done], *unsure}]
-        self.world.require_equal(self.guest, _at(now, rest), _at(old, rest), "keys after those that were kept")
-
-    def _judge_held(self) -> None:
-        # 5: what they hold open is what they held.
-        held = self.world.held_at_rest(self.guest)
-        assert held.worker == self._held.worker
-        assert held.front == self._held.front or self.world.front.pid != self._front_pid
-
-    def _judge_front(self) -> None:
-        if self.world.front.pid != self._front_pid:
-            return
-        self.world.look(self.world.bystander)  # which reaps
-        assert not _zombies_of(self.world.front.pid)
-
-    def _judge_others(self) -> None:
-        # 3: a VM beside it is as it was.
-        bystander = self.world.bystander
-        if bystander is self.guest:
-            return
-        assert look_at(bystander.worker_pid) is not None
-        self.world.require_keys(bystander, bystander.old)
-        vm = self.world.look(bystander)
-        assert (vm.state, vm.incarnation) == (vm_pb2.VM_STATE_READY, bystander.incarnation)
-
-    def _judge_next(self, vm: vm_pb2.Vm) -> None:
-        world, guest, plan = self.world, self.guest, self.plan
-        whole = replace(plan, end="commit", chunks=1 << 30, spoil="", seconds=DEADLINE)
-        if self.outcome == "APPLIED" and not self._is_known:
-            # Who was not told sends it again, and it is not applied twice.
-            with world.trace() as ioctls:
-                again = world.set_skeys(whole)
-                assert (again.outcome, again.answers) == ("APPLIED", ("result",)), again
-                assert not [kind for kind, _, _ in ioctls() if kind == "set"]
-        if self.outcome == "KEPT" and not plan.digest:
-            again = world.set_skeys(whole, resume=True)
-            assert again.outcome == "APPLIED", again
-            assert again.begun["keys_set"] == vm.last_write.keys_set
-            assert again.begun["crc32"] == zlib.crc32(plan.keys[: vm.last_write.keys_set])
-            now = world.read(guest)
-            assert now is not None
-            assert acc_f(_at(now, plan.frames())) == acc_f(plan.keys)
-        if guest.old is not None or plan.allow_enable:
-            world.restore(guest)
-
-
-def _at(keys: bytes | bytearray, frames: list[int]) -> bytes:
-    return bytes(keys[gfn] for gfn in frames)
-
-
-def _frames_of(text: str) -> list[int]:
-    if not text:
-        return []
-    first, _, last = text.partition("-")
-    return list(range(int(first, 16), int(last or first, 16) + 1))
-
-
-def _first(last: vm_pb2.LastWrite) -> str:
-    one = last.dirty[0]
-    return hex(one.start_gfn) if one.count == 1 else f"{one.start_gfn:#x}-{one.start_gfn + one.count - 1:#x}"
-
-
-def is_stopped(pid: int) -> bool:
-    """Whether a process was stopped by a signal."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return stat.rpartition(")")[2].split()[0] == "T"
-
-
-def _zombies_of(parent: int) -> list[int]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            state, its_parent = path.read_text().rpartition(")")[2].split()[:2]
-            if state == "Z" and int(its_parent) == parent:
-                found.append(int(path.parent.name))
-    return found
-
-
-def _held_by(pid: int, *, of_grpc_too: bool) -> Counter[str]:
-    packets = set()
-    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
-        words = line.split()
-        if words[4] == "0005":  # SOCK_SEQPACKET, which only front and worker use
-            packets.add(f"socket:[{words[6]}]")
-    held: Counter[str] = Counter()
-    with suppress(FileNotFoundError):
-        for fd in Path(f"/proc/{pid}/fd").iterdir():
-            with suppress(FileNotFoundError):
-                link = str(fd.readlink())
-                if link in packets:
-                    held["packets"] += 1
-                elif of_grpc_too or link.startswith(("/", "anon_inode:[pidfd]")):
-                    held[link.partition(":[")[0]] += 1
-        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-            if "skeyd-keys" in line:
-                held["memory"] += 1
-    return held
-
-
-class NoNamespace(Exception):  # noqa: N818 (says what happened)
-    """This user may have no file systems of his own here."""
-
-
-@contextmanager
-def nursery(directory: Path, disk_bytes: int) -> Iterator[tuple[int, socket.socket]]:
-    """Start what forks fronts and clients, and end it with all of those: its pid, and where it takes orders.
-
-    With `disk_bytes` it has a file system of that size over the directory, which nobody else sees. NoNamespace.
-    """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    command = [sys.executable, "-m", "tests.faults.nursery", str(theirs.fileno())]
-    if disk_bytes:
-        mount = f'mount -t tmpfs -o size={disk_bytes},mode=700 none "$0" && exec "$@"'
-        as_root = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-        command = ["unshare", "--mount", *as_root, "sh", "-c", mount, str(directory), *command]
-    with ours, theirs:
-        process = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], cwd=ROOT, stdin=subprocess.DEVNULL, start_new_session=True
-        )
-        theirs.close()
-        try:
-            if ours.recv(100) != b"ready":
-                assert disk_bytes, "the nursery did not start"
-                raise NoNamespace
-            yield process.pid, ours
-        finally:
-            ours.close()
-            status = process.wait(SETTLED_SECONDS)
-        assert status == 0

@@ -1,5 +1,6 @@
 """VMs on the shared daemon."""
 
 from tests.rpc.fixtures import new_vm, stubs
+from tests.rpc.setting import old_vm, vm
 
-__all__ = ["new_vm", "stubs"]
+__all__ = ["new_vm", "old_vm", "stubs", "vm"]

@@ -1,0 +1,275 @@
+"""What a call without a commit comes to where the kernel, or what was kept of the old keys, stands in the way."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import zlib
+from pathlib import Path
+
+import pytest
+
+from skeyd.errors import Reason, SkeydError
+from skeyd.gfn import GfnRange
+from skeyd.worker import transactions
+from skeyd.worker.journal import Journal
+from skeyd.worker.keys import Keys
+from skeyd.worker.outcomes import DIRTY_RANGES
+from skeyd.worker.transactions import Transactions
+from tests.worker.backends import Recording
+from tests.worker.guest import FRAMES, OLD, ROLL_BACK, WHOLE, Guest, Stubborn
+
+# --- what the kernel refuses ---------------------------------------------------------------------------------------
+
+
+def test_a_slice_that_the_kernel_stops_in_the_middle_of_is_undone_too() -> None:
+    backend = Stubborn()
+    guest = Guest(backend)
+    guest.begin()
+    guest.set(0, b"\x90" * 100)
+    backend.bad = {150}
+    with pytest.raises(SkeydError) as refused:
+        guest.set(100, b"\xa0" * 100)
+    assert refused.value.metadata["uncertain"] == "0x64-0xc7"
+    assert guest.read()[100:150] == b"\xa0" * 50
+    backend.bad = set()
+    last = guest.settle()
+    assert last is not None
+    assert (last.outcome, last.keys_set) == ("rolled_back", 100)
+    assert guest.read() == OLD
+
+
+@pytest.mark.parametrize("bad", [{0}, {150}, {FRAMES - 1}, {5, 6, 7, 600}, set(range(256, 512))])
+def test_frames_that_the_kernel_keeps_from_their_old_keys_are_named_and_all_others_have_them(bad: set[int]) -> None:
+    backend = Stubborn()
+    guest = Guest(backend)
+    guest.begin()
+    new = bytes((key ^ 0x40) & 0xF8 for key in OLD)
+    guest.set(0, new)
+    backend.bad = bad
+    last = guest.settle()
+    assert last is not None
+    assert last.outcome == "dirty"
+    dirty = {gfn for one in last.dirty for gfn in range(one.start, one.end)}
+    found = guest.read()
+    # Exactly those: every other frame has its old key, and each of those hasn't.
+    assert {gfn for gfn in range(FRAMES) if found[gfn] != OLD[gfn]} == dirty == bad
+
+
+def test_frames_that_can_neither_be_set_nor_read_are_dirty() -> None:
+    backend = Stubborn()
+    guest = Guest(backend)
+    guest.begin()
+    guest.set(0, b"\x90" * 300)
+    backend.bad, backend.blind = {10}, {10}
+    last = guest.settle()
+    assert last is not None
+    assert last.dirty == (GfnRange(10, 1),)
+    backend.blind = set()
+    assert guest.read()[:10] + guest.read()[11:] == OLD[:10] + OLD[11:]
+
+
+def test_a_first_frame_that_cant_be_read_keeps_no_other_from_its_old_key() -> None:
+    backend = Stubborn()
+    guest = Guest(backend)
+    guest.begin()
+    guest.set(300, b"\x90" * 300)
+    backend.bad, backend.blind = {0}, {0}
+    last = guest.settle()
+    assert last is not None
+    assert (last.outcome, last.dirty) == ("rolled_back", ())
+    backend.blind = set()
+    assert guest.read() == OLD
+
+
+def test_where_the_kernel_refuses_everything_it_is_not_asked_for_each_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transactions, "REFUSALS", 20)
+    backend = Stubborn("7.2")
+    guest = Guest(backend)
+    guest.begin()
+    guest.set(0, b"\x90" * FRAMES)
+    backend.bad = set(range(FRAMES))
+    asked = len(backend.calls)
+    last = guest.settle()
+    assert last is not None
+    assert last.dirty == (WHOLE,)
+    assert len(backend.calls) - asked < 200
+
+
+def test_a_vm_that_the_kernel_declared_dead_is_asked_once_a_slice() -> None:
+    backend = Stubborn()
+    guest = Guest(backend)
+    guest.begin()
+    guest.set(0, b"\x90" * FRAMES)
+    backend.bad, backend.errno = set(range(FRAMES)), errno.EIO
+    asked = len(backend.calls)
+    last = guest.settle()
+    assert last is not None
+    assert last.outcome == "dirty"
+    assert len(backend.calls) - asked <= 4
+
+
+def test_a_failed_set_that_enabled_keys_says_so_and_is_rolled_back_to_zero_keys() -> None:
+    backend = Stubborn()
+    guest = Guest(backend, keyless=True)
+    guest.begin()
+    backend.bad = {20}
+    with pytest.raises(SkeydError) as refused:
+        guest.set(0, b"\x90" * 100, allow_enable=True)
+    assert refused.value.metadata["enabled"] == "true"
+    backend.bad = set()
+    last = guest.settle()
+    assert last is not None
+    assert (last.outcome, last.enabled) == ("rolled_back", True)
+    assert guest.read() == bytes(FRAMES)
+
+
+def test_a_failed_set_that_enabled_nothing_left_nothing_to_undo() -> None:
+    backend = Stubborn()
+    guest = Guest(backend, keyless=True)
+    guest.begin()
+    backend.bad = {0}
+    with pytest.raises(SkeydError):
+        guest.set(0, b"\x90" * 100, allow_enable=True)
+    last = guest.settle()
+    assert last is not None
+    assert (last.outcome, last.enabled) == ("rolled_back", False)
+    assert not guest.keys.uses_keys()
+
+
+def test_dirty_ranges_are_bounded_and_the_last_reaches_to_the_last_dirty_frame() -> None:
+    many = [GfnRange(gfn, 1) for gfn in range(0, 4 * DIRTY_RANGES, 2)]
+    random.Random(2).shuffle(many)  # noqa: S311  no secret
+    joined = transactions._joined(many)
+    assert len(joined) == DIRTY_RANGES
+    assert joined[:-1] == [GfnRange(gfn, 1) for gfn in range(0, 2 * DIRTY_RANGES - 2, 2)]
+    assert joined[-1].end == 4 * DIRTY_RANGES - 1
+    assert transactions._joined([GfnRange(4, 2), GfnRange(0, 4), GfnRange(1, 2)]) == [GfnRange(0, 6)]
+
+
+# --- the journal ---------------------------------------------------------------------------------------------------
+
+
+def test_old_keys_that_cant_be_kept_refuse_the_slice_before_the_kernel_is_asked() -> None:
+    def full() -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    backend = Recording((0, 512))
+    keys = Keys(backend)
+    size = 1 << 16
+    old = random.Random(3).randbytes(size).translate(bytes(byte & 0xFE for byte in range(256)))  # noqa: S311  no secret
+    for at in range(0, 2 * size, size):
+        keys.write(GfnRange(at, size), old, allow_enable=True)
+    calls = Transactions(keys, full)
+    calls.begin("a", ROLL_BACK, False)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("skeyd.worker.journal.MEMORY_BYTES", size + size // 2)
+        calls.set("a", GfnRange(0, size), b"\x90" * size, False)
+        before = len(backend.sets())
+        with pytest.raises(SkeydError) as refused:
+            calls.set("a", GfnRange(size, size), b"\x90" * size, False)
+        assert refused.value.reason is Reason.HOST_EXHAUSTED
+        assert len(backend.sets()) == before
+    calls.abandon("a")
+    while calls.rolling_back:
+        calls.step()
+    assert calls.last_write is not None
+    assert calls.last_write.outcome == "rolled_back"
+    found = bytearray(2 * size)
+    backend.get_skeys(0, memoryview(found))
+    assert found == old + old
+
+
+def test_old_keys_that_are_damaged_are_dirty_frames_and_all_others_are_set_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("skeyd.worker.journal.JOINED_KEYS", 1)
+    guest = Guest()
+    guest.begin()
+    for start in (0, 100, 300, 400):
+        guest.set(start, b"\x90" * 100)
+    journal = guest.calls._open.journal if guest.calls._open else None
+    assert journal is not None
+    # The first byte of the second record, and of the last.
+    records = [journal._records[at : at + 5] for at in range(0, len(journal._records), 5)]
+    for _, at, _, _, _ in (records[1], records[3]):
+        journal._memory[at + 8] ^= 0x10
+    last = guest.settle()
+    assert last is not None
+    assert (last.outcome, last.dirty) == ("dirty", (GfnRange(100, 100), GfnRange(400, 100)))
+    assert guest.read() == OLD[:100] + b"\x90" * 100 + OLD[200:400] + b"\x90" * 100 + OLD[500:]
+
+
+def test_old_keys_that_are_lost_are_dirty_frames_and_never_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = Guest()
+    guest.begin()
+    guest.set(0, b"\x90" * 100)
+    guest.set(100, b"\x90" * 100)
+    guest.set(300, b"\x90" * 100)
+    guest.calls.abandon("a")
+    guest.calls.step()
+
+    def broken(_: Journal) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Journal, "pop", broken)
+    with pytest.raises(MemoryError):
+        guest.calls.step()
+    assert not guest.calls.rolling_back
+    last = guest.calls.last_write
+    assert last is not None
+    assert (last.outcome, last.dirty) == ("dirty", (GfnRange(0, 200),))
+    assert guest.read() == b"\x90" * 200 + OLD[200:]
+
+
+def test_a_mistake_in_the_middle_of_a_slice_makes_it_dirty_and_ends_the_call() -> None:
+    backend = Stubborn()
+    guest = Guest(backend)
+    guest.begin()
+    guest.set(0, b"\x90" * 100)
+    guest.set(500, b"\x90" * 100)
+    guest.calls.abandon("a")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Keys, "write_checked", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            guest.calls.step()
+    last = guest.calls.last_write
+    assert last is not None
+    assert last.dirty == (GfnRange(0, 100), GfnRange(500, 100))
+    guest.calls.require_idle()
+
+
+def test_rolling_back_takes_one_slice_a_step() -> None:
+    backend = Recording((0, 4))
+    guest = Guest(backend)
+    guest.begin()
+    for at in range(0, 400, 100):
+        guest.set(at, b"\x90" * 100)
+    guest.calls.abandon("a")
+    for number in range(4):
+        before = len(backend.sets())
+        assert guest.calls.rolling_back
+        guest.calls.step()
+        assert backend.sets()[before:] == [GfnRange(300 - 100 * number, 100)]
+
+
+def test_old_keys_take_no_descriptor_that_outlives_the_call(tmp_path: Path, open_fds: None) -> None:
+    def file() -> int:
+        return os.open(tmp_path, os.O_TMPFILE | os.O_RDWR)
+
+    backend = Recording((0, 512))
+    keys = Keys(backend)
+    calls = Transactions(keys, file)
+    old = random.Random(3).randbytes(1 << 17).translate(bytes(byte & 0xFE for byte in range(256)))  # noqa: S311
+    keys.write(GfnRange(0, 1 << 17), old, allow_enable=True)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("skeyd.worker.journal.MEMORY_BYTES", 1000)
+        for commit in (True, False):
+            calls.begin("a", ROLL_BACK, False)
+            calls.set("a", GfnRange(0, 1 << 17), old, False)
+            if commit:
+                calls.commit("a", 1 << 17, zlib.crc32(old))
+            calls.abandon("a")
+            while calls.rolling_back:
+                calls.step()
