@@ -423,8 +423,8 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "GET gives zeros for slots that begin 64 Ki frames and more into the call",
-        "buffer[at : at + count] = slot.keys[first : first + count]",
-        "buffer[at : at + count] = slot.keys[first : first + count] if at < 65536 else bytes(count)",
+        "buffer[at : at + count] = keys[first : first + count]",
+        "buffer[at : at + count] = keys[first : first + count] if at < 65536 else bytes(count)",
         "test_several_slots.py::test_one_call_reads_the_keys_of_all_slots_however_far_from_its_first_frame_they_begin",
     ),
     Mutation(
