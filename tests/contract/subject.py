@@ -9,7 +9,7 @@ from typing import Final, Protocol
 
 from skeyd.kvm import abi
 from skeyd.storage_key import SEGMENT_FRAMES
-from tests.contract.operations import DONE, HERE, Answer, Create, Get, Operation, Set, Slot, Touch
+from tests.contract.operations import DONE, HERE, Answer, Create, Get, Operation, Set, Slot, Touch, in_runs
 
 MIB: Final = 1 << 20
 MAX: Final = abi.KVM_S390_SKEYS_MAX
@@ -63,6 +63,18 @@ class Vm:
         assert answer.keys is not None, answer
         assert answer == Answer(keys=answer.keys)
         return answer.keys
+
+    def require_keys(self, start: int, wanted: bytes | bytearray) -> None:
+        """Fail the test where GET finds other keys, and say so in few words, however many there are."""
+        # What pytest would say by itself of two that are long takes it minutes where it may not be cut, as on CI.
+        found = self.keys(start, len(wanted))
+        wrong = [at for at in range(len(wanted)) if found[at] != wanted[at]] if found != wanted else []
+        if wrong:
+            shown = slice(wrong[0], wrong[0] + SEGMENT)
+            raise AssertionError(
+                f"{len(wrong)} of {len(wanted)} keys are wrong; from frame {start + wrong[0]:#x} on there are "
+                f"{in_runs(found[shown])}, not {in_runs(bytes(wanted[shown]))}"
+            )
 
     def is_keyless(self) -> bool:
         """Tell whether the guest uses no storage keys."""
