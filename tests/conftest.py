@@ -8,6 +8,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -15,30 +16,42 @@ from tests import examples
 from tests.daemon import DaemonProcess
 from tests.processes import adopt_orphans, children, end
 
+_LONG: Final = 200
+
 # Before the tests are imported, whose decorators ask for it; `--hypothesis-profile` chooses.
 examples.register()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Take --share."""
+    """Take --share and --half-of."""
     parser.addoption("--share", metavar="I/N", default="1/1", help="run one of N shares of the tests, the Ith")
+    parser.addoption(
+        "--half-of", metavar="PATH", default=[], action="append", help="of the tests there, a share has every other one"
+    )
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name a long value by its length. Spelt out, as older releases do, some megabytes take half a minute on a host."""
+    return f"{argname}-of-{len(val)}" if isinstance(val, str | bytes) and len(val) > _LONG else None
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests of others' shares. All shares together are all tests, each once.
+    """Leave out the tests of others' shares. All shares together are all tests, each once, but for what is halved.
 
     Whoever collects deals alike: releases of pytest differ in the order of files, and in the names of some parameters.
     """
     which, of = map(int, config.getoption("share").split("/"))
+    halved = tuple(config.getoption("half_of"))
     ordinals: Counter[str] = Counter()
     mine: list[pytest.Item] = []
     others: list[pytest.Item] = []
     for item in items:
         function = item.nodeid.partition("[")[0]
         ordinals[function] += 1
-        dealt = zlib.crc32(f"{function} {ordinals[function]}".encode()) % of
-        (mine if dealt == which - 1 else others).append(item)
+        dealt = zlib.crc32(f"{function} {ordinals[function]}".encode())
+        left_out = function.startswith(halved) and dealt // of % 2
+        (mine if dealt % of == which - 1 and not left_out else others).append(item)
     if others:
         config.hook.pytest_deselected(items=others)
         items[:] = mine

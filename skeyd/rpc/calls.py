@@ -7,6 +7,7 @@ module and not grpcio's pool waits for the request (with a limit) and parses it 
 from __future__ import annotations
 
 import contextvars
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,8 @@ from skeyd.rpc.patience import Patience
 _END: Final = object()
 _METHOD_MAX: Final = 200
 """Characters of a method's name in the log: an unknown one is the client's choice."""
+_END_SECONDS: Final = 1.0
+"""For grpc to tell of a call's end after it told of the messages' end, which it was the cause of."""
 
 _notes: contextvars.ContextVar[dict[str, Any]] = contextvars.ContextVar("skeyd_call_notes")
 
@@ -213,6 +216,8 @@ class _Call:
                 if "stalled" in self._notes:
                     # grpc may tell of the messages' end before it tells of the cancellation that was its cause.
                     raise _GivenUp
+                if seconds != limits.IDLE_SECONDS:
+                    self._require_client()
                 return
             seconds = limits.IDLE_SECONDS
             try:
@@ -223,6 +228,12 @@ class _Call:
                 what = f"a message of {len(message)} bytes is none that {self._method} takes"
                 raise SkeydError(Reason.REQUEST_INVALID, what) from None
             yield request
+
+    def _require_client(self) -> None:
+        # Nothing came at all. Is that what a faulty client sent, or has the call ended, of which grpc tells afterwards?
+        ended = threading.Event()
+        if not self._context.add_callback(ended.set) or ended.wait(_END_SECONDS):
+            raise Cancelled
 
     def _give_up(self) -> None:
         self._notes["stalled"] = True

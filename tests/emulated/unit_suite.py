@@ -32,8 +32,14 @@ tests/faults is about checksums, old keys in a file and back, digests and lost k
 NOT_THERE: Final = {
     "tests/rpc/test_reflection.py::test_buf_curl": "buf is made for no s390x, and comes from PyPI",
     "tests/test_makefile.py": "make is no part of the image",
+    "tests/rpc/test_messages.py::test_the_most_ranges_of_all_are_read": "16,384 ioctls and chunks: over a minute there",
     **dict.fromkeys(
-        ("tests/contract/test_mutations.py", "tests/emulated/test_not_there.py", "tests/faults/test_safeties.py"),
+        (
+            "tests/test_sharing.py",
+            "tests/contract/test_mutations.py",
+            "tests/emulated/test_not_there.py",
+            "tests/faults/test_safeties.py",
+        ),
         "a test of tests, which says nothing of the machine",
     ),
     **dict.fromkeys(
@@ -74,6 +80,17 @@ NOT_THERE: Final = {
     ),
 }
 """Tests by the beginnings of their names, and why an emulated host doesn't run them. Everything else runs."""
+
+STARTERS: Final = (
+    "tests/cli",
+    "tests/client",
+    "tests/faults",
+    "tests/rpc",
+    "tests/test_logs.py",
+    "tests/test_malloc.py",
+    "tests/test_server.py",
+)
+"""Most of these start a daemon, which takes seconds: three quarters of the suite's time. A share has half of them."""
 
 THEIR_WARNINGS: Final = (
     # protobuf 4.21 as it is imported by Python 3.12 and later
@@ -149,7 +166,10 @@ def run(suite: str, seconds: float, say: Callable[[str], None], share: int = 0, 
         say(f"{suite}: Linux {host.kernel}, " + ", ".join(f"{name} {value}" for name, value in versions.items()))
         begin = time.monotonic()
         logs = [f"/tmp/unit-{number}.log" for number in range(CPUS)]  # noqa: S108  inside
-        running = [_start(host, f"{share * CPUS + number + 1}/{shares * CPUS}", log) for number, log in enumerate(logs)]
+        halved = STARTERS if shares > 1 else ()
+        running = [
+            _start(host, f"{share * CPUS + number + 1}/{shares * CPUS}", halved, log) for number, log in enumerate(logs)
+        ]
         statuses: dict[int, int] = {}
         while len(statuses) < len(running):
             for number, process in enumerate(running):
@@ -181,7 +201,7 @@ def left_out() -> list[str]:
     return [f"--{'deselect' if '::' in name else 'ignore'}={name}" for name in NOT_THERE]
 
 
-def _start(host: EmulatedHost, share: str, log: str) -> Process:
+def _start(host: EmulatedHost, share: str, halved: tuple[str, ...], log: str) -> Process:
     return host.start(
         [
             *(
@@ -190,6 +210,7 @@ def _start(host: EmulatedHost, share: str, log: str) -> Process:
                 "pytest",
                 "tests",
                 f"--share={share}",
+                *(f"--half-of={path}" for path in halved),
                 "-v",
                 "--tb=short",
                 "--durations=15",

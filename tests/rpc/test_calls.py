@@ -363,6 +363,56 @@ def test_a_handler_that_says_that_its_client_is_gone_is_believed(server: Server,
     assert (line["level"], line["code"]) == ("info", "CANCELLED")
 
 
+def test_a_call_without_a_request_is_an_error_that_says_so(server: Server, kind: str) -> None:
+    server.behaviour = lambda *_: b""
+    if kind.startswith("stream_"):
+        return  # a stream of none is one, and its handler's to judge
+    call: Any = getattr(server.channel, kind.replace("unary_", "stream_", 1))(f"/test/{kind}")
+    found = refused(lambda: list(call(iter(()), timeout=SECONDS)) if kind.endswith("_stream") else call(iter(())))
+    assert (found.code, found.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_INVALID")
+    assert "without its request" in found.message
+
+
+class Ending:
+    """A call whose messages have ended because it has, of which grpc tells a moment later, or has told."""
+
+    def __init__(self, *, told: bool) -> None:
+        self._told = told
+
+    def is_active(self) -> bool:
+        return not self._told
+
+    def peer(self) -> str:
+        return "unix:"
+
+    def add_callback(self, callback: Callable[[], None]) -> bool:
+        if not self._told:
+            self._told = True
+            threading.Thread(target=callback).start()
+            return True
+        return False
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("make", [grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler])
+def test_a_call_that_ended_before_its_request_came_is_no_clients_fault(make: Any, told: bool) -> None:
+    log = Log()
+    wrapped: Any = CallInterceptor(log.logger).intercept_service(lambda _: make(_never), _Details())
+    behaviour = wrapped.stream_unary or wrapped.stream_stream
+    response = behaviour(iter(()), Ending(told=told))
+    assert not list(response)
+    assert log.one()["code"] == "CANCELLED"
+
+
+def _never(*_: Any) -> Any:
+    raise AssertionError("nothing came that could be handled")
+
+
+class _Details:
+    method = "/test/ended"
+    invocation_metadata: Any = ()
+
+
 class Endless(Server):
     """Its streams never end."""
 

@@ -88,7 +88,7 @@ def test_a_message_of_too_many_ranges_is_refused_before_memory_is_spent(method: 
         tracemalloc.stop()
     assert refused.value.reason is Reason.REQUEST_INVALID
     assert str(limits.MAX_RANGES_BYTES) in refused.value.message
-    assert peak < 100_000, "of Python's"
+    assert peak < 400_000, "of Python's: pytest and re take some; a message of half a million parts takes tens of MiB"
     assert _resident() - before < 4 << 20, "of protobuf's, which is in C: it would be some 20 MiB"
 
 
