@@ -103,13 +103,11 @@ class RuntimeDirectory:
 
     def vm_ids(self) -> list[str]:
         """Names of all directories that could be a VM's, in order."""
-        with os.scandir(self._vms_fd) as entries:
-            return sorted(entry.name for entry in entries if VM_ID.fullmatch(entry.name))
+        return sorted(name for name in self._names() if VM_ID.fullmatch(name))
 
     def strangers(self) -> list[str]:
         """Names of everything beside them, in order: not skeyd's, and not touched."""
-        with os.scandir(self._vms_fd) as entries:
-            return sorted(entry.name for entry in entries if not VM_ID.fullmatch(entry.name))
+        return sorted(name for name in self._names() if not VM_ID.fullmatch(name))
 
     def create_vm(self, spec: Spec) -> VmDirectory:
         """Make a VM's directory with its record, both or none. VM_EXISTS where there is one."""
@@ -185,10 +183,18 @@ class RuntimeDirectory:
         os.rename(directory.vm_id, temporary, src_dir_fd=self._vms_fd, dst_dir_fd=self._vms_fd)
         self._clear(temporary, directory.fd)
 
+    def _names(self) -> list[str]:
+        # By a descriptor of its own: two that list by the same one share its position, and each misses some.
+        fd = os.open(".", _DIRECTORY_FLAGS, dir_fd=self._vms_fd)
+        try:
+            with os.scandir(fd) as entries:
+                return [entry.name for entry in entries]
+        finally:
+            os.close(fd)
+
     def _sweep(self) -> None:
         # What a front that died in create_vm or remove_vm left behind; this one holds the lock, so nobody is at it.
-        with os.scandir(self._vms_fd) as entries:
-            left = [entry.name for entry in entries if entry.name.startswith((_NEW, _REMOVED))]
+        left = [name for name in self._names() if name.startswith((_NEW, _REMOVED))]
         for name in left:
             with suppress(OSError):
                 fd = os.open(name, _DIRECTORY_FLAGS, dir_fd=self._vms_fd)

@@ -31,11 +31,16 @@ class Call:
 
 def test_what_fails_since_the_call_ended_is_nobodys_error() -> None:
     call = Call()
-    with pytest.raises(Cancelled), hanging_up(call) as hang_up:
-        assert not hang_up.was_told
-        call.end()
-        assert hang_up.was_told
-        raise LOST
+
+    def work() -> None:
+        with hanging_up(call) as hang_up:
+            assert not hang_up.was_told
+            call.end()
+            assert hang_up.was_told
+            raise LOST
+
+    with pytest.raises(Cancelled):
+        work()
     with pytest.raises(SkeydError) as raised, hanging_up(Call()):
         raise LOST
     assert raised.value is LOST

@@ -19,7 +19,7 @@ from skeyd.v1 import storage_key_service_pb2 as pb
 from skeyd.v1 import vm_service_pb2
 from tests.daemon import DaemonProcess
 from tests.rpc.standard_services import SERVING, check
-from tests.rpc.stubs import SECONDS, Stubs, refusal, refused
+from tests.rpc.stubs import SECONDS, Stubs, ranges, refusal, refused
 
 QUICKLY = 4.0
 """Seconds; less than the front waits for a hello, and whoever waits behind a stopped worker waits for that."""
@@ -97,13 +97,16 @@ def test_short_calls_on_a_stopped_vm_are_refused_beyond_its_share_and_delay_no_o
 def test_lists_of_vms_that_wait_for_a_stopped_one_delay_no_other_call(host: Host) -> None:
     host.stop()
     done: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    calls = [host.stubs.vms.ListVms.future(vm_service_pb2.ListVmsRequest(), timeout=SECONDS) for _ in range(100)]
+    share, more = MAX_SHORT_CALLS // 2, 8
+    calls = [
+        host.stubs.vms.ListVms.future(vm_service_pb2.ListVmsRequest(), timeout=SECONDS) for _ in range(share + more)
+    ]
     for one in calls:
         one.add_done_callback(done.put)
-    for _ in range(100 - MAX_SHORT_CALLS // 2):
+    for _ in range(more):
         assert refusal(done.get(timeout=QUICKLY).exception()).reason == "TOO_MANY_CALLS"
     host.require_healthy()
-    for _ in range(MAX_SHORT_CALLS // 2):
+    for _ in range(share):
         assert len(done.get(timeout=SECONDS).result().vms) == 2
 
 
@@ -140,7 +143,7 @@ def test_a_call_that_is_cancelled_before_the_worker_said_hello_ends_at_once(host
         "DeleteVm": lambda: stubs.vms.DeleteVm.future(vm_service_pb2.DeleteVmRequest(name=vm)),
         "GetSkeys": lambda: stubs.keys.GetSkeys(pb.GetSkeysRequest(vm=vm)),
         "SetSkeys": lambda: stubs.keys.SetSkeys(
-            iter([pb.SetSkeysRequest(header=pb.SetSkeysRequest.Header(vm=vm, ranges=[{"count": 1}]))])
+            iter([pb.SetSkeysRequest(header=pb.SetSkeysRequest.Header(vm=vm, ranges=ranges((0, 1))))])
         ),
         "DigestSkeys": lambda: stubs.keys.DigestSkeys.future(pb.DigestSkeysRequest(vm=vm)),
     }

@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -253,6 +255,41 @@ def test_vms_and_strangers_are_told_apart_by_name_and_both_are_in_order(path: Pa
         (path / "vms" / name).mkdir()
     assert runtime.vm_ids() == sorted(vms)
     assert runtime.strangers() == sorted(strangers)
+
+
+def test_who_lists_vms_beside_another_misses_none(runtime: RuntimeDirectory) -> None:
+    names = sorted(f"vm{number}" for number in range(20))
+    for name in names:
+        runtime.create_vm(simulated((0, 4), vm_id=name)).close()
+    together = threading.Barrier(4)
+
+    def listed(_: int) -> list[list[str]]:
+        together.wait()
+        return [runtime.vm_ids() for _ in range(200)]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(found == names for lists in pool.map(listed, range(4)) for found in lists)
+
+
+def test_evidence_stays_while_a_vm_is_the_same_and_changes_with_it(path: Path, runtime: RuntimeDirectory) -> None:
+    assert runtime.evidence("web") is None
+    runtime.create_vm(simulated((0, 4))).close()
+    assert runtime.evidence("web") is None, "it has no socket yet"
+    directory = path / "vms" / "web"
+    (directory / SOCKET).touch()
+    found = [runtime.evidence("web")]
+    assert found[0] is not None
+    (directory / LOG).touch()
+    assert runtime.evidence("web") == found[0]
+    for name in (SOCKET, RECORD):
+        (directory / "new").write_bytes((directory / name).read_bytes())
+        (directory / "new").rename(directory / name)
+        found.append(runtime.evidence("web"))
+    directory.rename(path / "vms" / "other")
+    directory.symlink_to("other")
+    found.append(runtime.evidence("web"))
+    assert None not in found
+    assert len(set(found)) == len(found)
 
 
 def test_a_vm_that_is_not_there_is_not_found(runtime: RuntimeDirectory) -> None:
