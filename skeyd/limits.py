@@ -40,6 +40,9 @@ IDLE_SESSIONS: Final = 64
 IDLE_SESSIONS_A_VM: Final = 4
 """The same of one VM."""
 
+PROVEN_SECONDS: Final = 1.0
+"""How long after a short call the next one on that connection takes it for granted that the worker answers."""
+
 MAX_WATCHES: Final = 16
 """Most health watches and reflection streams at once; one more is refused."""
 
@@ -63,7 +66,8 @@ WORKER_START_SECONDS: Final = 30.0
 """How long a worker may take to make its VM."""
 
 WORKER_HELLO_SECONDS: Final = 5.0
-"""How long a worker may take to say who it is; a slice of another stream can be before it in the queue."""
+"""How long a worker may take to say who it is, and to answer a short call; a slice of another stream can be before it
+in the queue."""
 
 WORKER_ANSWER_SECONDS: Final = 60.0
 """How long a worker may take to answer for a slice."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass
 
 from skeyd.vms.session import Session
@@ -13,6 +14,7 @@ class _Kept:
     vm_id: str
     evidence: object
     session: Session
+    since: float
 
 
 class IdleSessions:
@@ -30,7 +32,7 @@ class IdleSessions:
 
     def put(self, vm_id: str, evidence: object, session: Session) -> None:
         """Keep a session, or close it. `evidence`: what was seen of the VM when it was made."""
-        mine = _Kept(vm_id, evidence, session)
+        mine = _Kept(vm_id, evidence, session, time.monotonic())
         with self._lock:
             if self._closed or not session.is_quiet():
                 out = [mine]
@@ -41,10 +43,10 @@ class IdleSessions:
                 self._kept = [one for one in self._kept if one not in out]
         _close(out)
 
-    def take(self, vm_id: str, evidence: object) -> Session | None:
-        """Return the VM's session that was used last. Those of other evidence or with a worker that ended are closed.
+    def take(self, vm_id: str, evidence: object) -> tuple[Session, float] | None:
+        """Return the VM's session that was used last, and how many seconds ago that was.
 
-        Whether the worker still answers is not known.
+        Those of other evidence or with a worker that ended are closed. Whether the worker still answers is not known.
         """
         with self._lock:
             of_vm = [one for one in self._kept if one.vm_id == vm_id]
@@ -52,7 +54,7 @@ class IdleSessions:
             good = next((one for one in reversed(of_vm) if one not in out), None)
             self._kept = [one for one in self._kept if one is not good and one not in out]
         _close(out)
-        return None if good is None else good.session
+        return None if good is None else (good.session, time.monotonic() - good.since)
 
     def drop(self, vm_id: str) -> None:
         """Close all of a VM."""

@@ -17,6 +17,7 @@ from skeyd.limits import (
     IDLE_SESSIONS,
     IDLE_SESSIONS_A_VM,
     MAX_VMS,
+    PROVEN_SECONDS,
     WORKER_END_SECONDS,
     WORKER_HELLO_SECONDS,
     WORKER_START_SECONDS,
@@ -130,6 +131,8 @@ class Registry:
         session = self._idle_session(vm_id, evidence, hang_up) if brief else None
         if session is None:
             session = self._new_session(vm_id, hang_up)
+            if brief:
+                session.be_brief()
         done = False
         try:
             yield session
@@ -167,15 +170,17 @@ class Registry:
         return session
 
     def _idle_session(self, vm_id: str, evidence: tuple[int, ...] | None, hang_up: HangUp) -> Session | None:
-        # A kept session whose worker answers now.
+        # A kept session whose worker answers now, or did a moment ago.
         if evidence is None or vm_id in self._ending:
             return None
-        session = self._idle.take(vm_id, evidence)
-        if session is None:
+        kept = self._idle.take(vm_id, evidence)
+        if kept is None:
             return None
+        session, unused_seconds = kept
         session.hold_by(hang_up)
         try:
-            session.status()
+            if unused_seconds > PROVEN_SECONDS:
+                session.status()
             return session
         except SkeydError as error:
             hang_up.let_go()

@@ -45,6 +45,7 @@ class Session:
         self._buffers: mmap.mmap | None = None
         self._is_lost = False
         """An answer didn't come, or was none: the next packet may be the answer to any question."""
+        self._answer_seconds = WORKER_ANSWER_SECONDS
         self._unanswered = 0
         """Requests that were sent ahead."""
 
@@ -87,6 +88,11 @@ class Session:
         """Have the connection hung up on by it from now on, as that which `connect` was given."""
         hang_up.hold(self._channel.connection)
 
+    def be_brief(self) -> None:
+        """Wait for an answer no longer than for a hello from now on: nothing that takes long is asked."""
+        self._answer_seconds = WORKER_HELLO_SECONDS
+        self._channel.connection.settimeout(self._answer_seconds)
+
     def is_quiet(self) -> bool:
         """Whether the worker has neither hung up nor said anything that was not taken, and nothing is awaited."""
         look = select.poll()
@@ -109,7 +115,7 @@ class Session:
                 return answer.boolean("uses_keys"), _last_write(answer)
         finally:
             # A refusal too leaves a session that can be used.
-            self._channel.connection.settimeout(WORKER_ANSWER_SECONDS)
+            self._channel.connection.settimeout(self._answer_seconds)
 
     def read_chunks(self, chunks: Iterable[GfnRange], pace: Pace) -> Iterator[ChunkRead]:
         """Read ranges of at most BUFFER_KEYS frames, by ioctls as long as `pace` says, ahead of the caller."""

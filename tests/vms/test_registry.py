@@ -759,13 +759,17 @@ def test_a_worker_that_died_is_told_of_although_there_was_a_connection(registry:
     _refused(Reason.VM_DEAD, lambda: _brief(registry))
 
 
+@pytest.mark.parametrize("seconds", [0.0, 1000.0], ids=["asked-first", "taken-for-granted"])
 def test_a_worker_that_stopped_is_told_of_although_there_was_a_connection(
-    registry: Registry, web: Vm, monkeypatch: pytest.MonkeyPatch
+    registry: Registry, web: Vm, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
-    _brief(registry)
     with monkeypatch.context() as impatient:
         _impatient(impatient)
+        _brief(registry)
+        impatient.setattr(registry_module, "PROVEN_SECONDS", seconds)
         _stop(web)
+        if seconds:
+            _refused(Reason.WORKER_LOST, lambda: _brief(registry))
         for _ in range(2):
             refusal = _refused(Reason.VM_QUARANTINED, lambda: _brief(registry))
             assert "did not answer within 0.05 s" in refusal.message
@@ -828,8 +832,8 @@ def test_who_waits_for_a_stopped_worker_is_woken_by_the_end_of_its_call(
     hang_up = HangUp()
 
     def use() -> None:
-        with registry.session("web", hang_up, brief=True):
-            raise AssertionError("the worker is stopped")
+        with registry.session("web", hang_up, brief=True) as session:
+            session.uses_keys()
 
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(use)
