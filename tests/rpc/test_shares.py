@@ -7,8 +7,6 @@ import queue
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -18,6 +16,7 @@ from skeyd.limits import MAX_KEY_STREAMS, MAX_SHORT_CALLS
 from skeyd.v1 import storage_key_service_pb2 as pb
 from skeyd.v1 import vm_service_pb2
 from tests.daemon import DaemonProcess
+from tests.processes import links_of
 from tests.rpc.standard_services import SERVING, check
 from tests.rpc.stubs import SECONDS, Stubs, ranges, refusal, refused
 
@@ -171,11 +170,7 @@ def test_a_call_whose_deadline_passes_frees_its_slot(host: Host) -> None:
 
 def sockets_of(pid: int) -> int:
     """How many sockets a process holds open."""
-    found = 0
-    for fd in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(FileNotFoundError):
-            found += str(fd.readlink()).startswith("socket:")
-    return found
+    return sum(link.startswith("socket:") for link in links_of(pid))
 
 
 def test_a_vm_that_can_not_be_asked_is_told_of_as_ever(host: Host) -> None:
