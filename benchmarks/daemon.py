@@ -26,7 +26,8 @@ def main() -> None:
     options = parser.parse_args(sys.argv[1:at])
     # The constants are final to everybody else, hence setattr. Limits come first: others take them when imported.
     if options.streams is not None:
-        setattr(limits, "MAX_KEY_STREAMS", options.streams)  # noqa: B010
+        # All streams are of one VM, which alone has half of them.
+        setattr(limits, "MAX_KEY_STREAMS", 2 * options.streams)  # noqa: B010
         setattr(limits, "MAX_CALLS", max(limits.MAX_CALLS, 4 * options.streams))  # noqa: B010
     from skeyd import server
     from skeyd.vms import starter

@@ -33,8 +33,22 @@ MAX_VMS: Final = 1_024
 MAX_CALLS: Final = 256
 """Most calls at once, those that wait for a thread included; grpcio refuses one more by itself."""
 
-MAX_KEY_STREAMS: Final = 16
-"""Most GetSkeys, SetSkeys, DigestSkeys and SummarizeSkeys at once; one more is refused."""
+MAX_KEY_STREAMS: Final = 32
+"""Most GetSkeys, SetSkeys, DigestSkeys and SummarizeSkeys at once; one more is refused. A VM gets another only while it
+has fewer than are free: alone at most half of them."""
+
+MAX_SHORT_CALLS: Final = 48
+"""Most calls at once that are neither streams nor health checks; one more is refused. A VM gets another only while it
+has fewer than are free: alone at most half of them. So do ListVms and GetHost, each as if it were one."""
+
+IDLE_SESSIONS: Final = 64
+"""Most connections to workers that are kept for the next short call."""
+
+IDLE_SESSIONS_A_VM: Final = 4
+"""The same of one VM."""
+
+PROVEN_SECONDS: Final = 1.0
+"""How long after a short call the next one on that connection takes it for granted that the worker answers."""
 
 MAX_WATCHES: Final = 16
 """Most health watches and reflection streams at once; one more is refused."""
@@ -43,7 +57,7 @@ SPARE_THREADS: Final = 8
 """A running call holds a thread. Streams of keys, watches, health checks and all the rest have threads of their own, so
 that no kind keeps another waiting; these are what a kind has beyond its limit, to refuse calls with."""
 
-CALL_THREADS: Final = 24
+CALL_THREADS: Final = MAX_SHORT_CALLS + SPARE_THREADS
 """Threads for all calls that are neither streams nor health checks."""
 
 REQUEST_SECONDS: Final = 5.0
@@ -59,7 +73,8 @@ WORKER_START_SECONDS: Final = 30.0
 """How long a worker may take to make its VM."""
 
 WORKER_HELLO_SECONDS: Final = 5.0
-"""How long a worker may take to say who it is; a slice of another stream can be before it in the queue."""
+"""How long a worker may take to say who it is, and to answer a short call; a slice of another stream can be before it
+in the queue."""
 
 WORKER_ANSWER_SECONDS: Final = 60.0
 """How long a worker may take to answer for a slice."""

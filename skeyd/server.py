@@ -21,6 +21,7 @@ import structlog
 
 import skeyd
 from skeyd import limits, logs, malloc
+from skeyd.errors import Reason
 from skeyd.linux import signals_by_socket
 from skeyd.paths import default_runtime_dir
 from skeyd.rpc.calls import CallInterceptor
@@ -90,12 +91,14 @@ class Daemon:
                 (vm_service_pb2, "VmService"),
             )
         ]
-        watches = CallSlots(limits.MAX_WATCHES, "health watches and reflection streams")
+        watches = CallSlots(limits.MAX_WATCHES, "health watches and reflection streams", Reason.TOO_MANY_STREAMS)
+        streams = CallSlots(limits.MAX_KEY_STREAMS, "streams of keys", Reason.TOO_MANY_STREAMS)
+        short_calls = CallSlots(limits.MAX_SHORT_CALLS, "short calls", Reason.TOO_MANY_CALLS)
         self.health = Health(names, watches)
         self._reflection = Reflection([*names, HEALTH, *map(service_name, VERSIONS)], watches)
-        self._keys = StorageKeyService(self._registry)
-        self._vms = VmService(self._registry, settings.memory_dir)
-        self._host = HostService(self._registry)
+        self._keys = StorageKeyService(self._registry, streams, short_calls)
+        self._vms = VmService(self._registry, settings.memory_dir, short_calls)
+        self._host = HostService(self._registry, short_calls)
         self._pools = {
             **dict.fromkeys(
                 [f"/{names[1]}/{name}" for name in ("GetSkeys", "SetSkeys", "DigestSkeys", "SummarizeSkeys")],
@@ -107,6 +110,7 @@ class Daemon:
         for version in VERSIONS:
             self._pools[f"/{service_name(version)}/"] = self._pools[f"/{HEALTH}/Watch"]
         parsers = {f"/{names[1]}/{name}": parser for name, parser in PARSERS.items()}
+        self._others = ThreadPoolExecutor(limits.CALL_THREADS, "call")
         self._interceptor = CallInterceptor(log, self._pool_of, parsers)
         self._servers: list[grpc.Server] = []
         self.addresses: list[str] = []
@@ -154,13 +158,14 @@ class Daemon:
     def _stop(self, grace: float) -> None:
         for ended in [server.stop(grace) for server in self._servers]:
             ended.wait(grace + 2)
+        self._registry.close()
 
-    def _pool_of(self, method: str) -> ThreadPoolExecutor | None:
-        return next((pool for prefix, pool in self._pools.items() if method.startswith(prefix)), None)
+    def _pool_of(self, method: str) -> ThreadPoolExecutor:
+        return next((pool for prefix, pool in self._pools.items() if method.startswith(prefix)), self._others)
 
     def _server(self) -> grpc.Server:
         server = grpc.server(
-            ThreadPoolExecutor(limits.CALL_THREADS, "call"),
+            self._others,
             interceptors=[self._interceptor],
             maximum_concurrent_rpcs=limits.MAX_CALLS,
             options=[

@@ -15,7 +15,7 @@ from typing import Any
 
 from skeyd.client import Client, connect
 from skeyd.vms.session import Session
-from tests.processes import look_at, wait_for_end
+from tests.processes import links_of, look_at, wait_for_end
 
 
 class DaemonProcess:
@@ -109,10 +109,8 @@ class DaemonProcess:
             process = look_at(int(path.name))
             if process is None or "worker/__main__.py vm" not in process.command:
                 continue
-            with suppress(OSError):
-                held = [fd.readlink() for fd in (path / "fd").iterdir()]
-                if any(str(link).startswith(f"{self.runtime_dir}/vms/") for link in held):
-                    found.append(process.pid)
+            if any(link.startswith(f"{self.runtime_dir}/vms/") for link in links_of(process.pid)):
+                found.append(process.pid)
         return found
 
     def worker_pid(self, vm_id: str) -> int:

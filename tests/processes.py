@@ -57,6 +57,16 @@ def look_at(pid: int) -> Process | None:
     return None if stat[0] == "Z" else Process(pid, stat[19], command.strip())
 
 
+def links_of(pid: int) -> list[str]:
+    """Return what a process holds open, as /proc names it; empty where it is gone."""
+    found = []
+    with suppress(OSError):
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile, which says nothing of the others
+                found.append(str(fd.readlink()))
+    return found
+
+
 def end(process: Process) -> None:
     """Kill a process and wait until it is gone."""
     with suppress(ProcessLookupError, ChildProcessError):

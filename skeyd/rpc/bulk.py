@@ -2,58 +2,18 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from collections.abc import Iterator
 
-from skeyd.errors import SkeydError
 from skeyd.gfn import GfnRange, Ranges
 from skeyd.rpc import convert
-from skeyd.rpc.calls import Cancelled, note
+from skeyd.rpc.calls import note
+from skeyd.rpc.ending import Call, require_active
 from skeyd.v1 import storage_key_service_pb2 as pb
 from skeyd.vms.pacing import Pace
 from skeyd.vms.read_ahead import ChunkRead
 from skeyd.vms.reading import read_chunks, require_keys
 from skeyd.vms.session import Session
 from skeyd.worker.protocol import SLICE_KEYS
-
-
-class Call(Protocol):
-    """What a grpc.ServicerContext says of the call. A stream notices by itself that it was cut, such a call not."""
-
-    def is_active(self) -> bool:
-        """Whether the client is still there and its deadline has not passed."""
-        ...
-
-    def add_callback(self, callback: Callable[[], None]) -> bool:
-        """Have a function called when the call ends, however that is; False: it has ended."""
-        ...
-
-
-def require_active(call: Call) -> None:
-    """Raise Cancelled where nobody waits for the answer any more."""
-    if not call.is_active():
-        raise Cancelled
-
-
-@contextmanager
-def hung_up_when_ended(session: Session, call: Call) -> Iterator[None]:
-    """End the worker's part of the work with the call: what waits for the worker in the body ends with Cancelled."""
-    ended = threading.Event()
-
-    def end() -> None:
-        ended.set()
-        session.hang_up()
-
-    if not call.add_callback(end):
-        raise Cancelled
-    try:
-        yield
-    except SkeydError:
-        if ended.is_set():
-            raise Cancelled from None  # what failed was cut off on purpose
-        raise
 
 
 def parts_of(

@@ -6,8 +6,9 @@ from skeyd.digest import ROOT_LEVEL, Digester, Node, frames_of, is_node
 from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import Ranges
 from skeyd.rpc import convert
-from skeyd.rpc.bulk import Call, hung_up_when_ended, parts_of, slice_seconds_of
+from skeyd.rpc.bulk import parts_of, slice_seconds_of
 from skeyd.rpc.calls import note
+from skeyd.rpc.ending import Call, hanging_up
 from skeyd.rpc.slots import CallSlots
 from skeyd.v1 import storage_key_service_pb2 as pb
 from skeyd.vms.reading import check_ranges
@@ -23,7 +24,7 @@ def digest_skeys(
     asked = convert.ranges_of(request.ranges)
     slice_seconds = slice_seconds_of(request)
     level, start = _node_of(request)
-    with streams.taken(), registry.session(vm_id) as session, hung_up_when_ended(session, call):
+    with streams.taken(request.vm), hanging_up(call) as hang_up, registry.session(vm_id, hang_up) as session:
         ranges = check_ranges(session.memory_map, asked)
         answer = pb.DigestSkeysResponse(uses_storage_keys=session.uses_keys(), incarnation=session.hello.incarnation)
         if not answer.uses_storage_keys:

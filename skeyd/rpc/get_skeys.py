@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 
 from skeyd.checksum import crc32_joined
 from skeyd.encoding import codec
 from skeyd.errors import Reason, SkeydError
 from skeyd.rpc import convert
-from skeyd.rpc.calls import Cancelled, note
+from skeyd.rpc.calls import note
 from skeyd.rpc.chunks import write_down
+from skeyd.rpc.ending import Call, hanging_up
 from skeyd.rpc.slots import CallSlots
 from skeyd.storage_key import FRAME_SIZE
 from skeyd.v1 import storage_key_service_pb2 as pb
@@ -22,35 +22,19 @@ from skeyd.vms.session import Session
 
 
 def get_skeys(
-    registry: Registry,
-    streams: CallSlots,
-    request: pb.GetSkeysRequest,
-    when_ended: Callable[[Callable[[], None]], bool],
+    registry: Registry, streams: CallSlots, request: pb.GetSkeysRequest, call: Call
 ) -> Iterator[pb.GetSkeysResponse | bytes]:
-    """Answer a GetSkeys call, as the contract says.
-
-    `when_ended` is told what to do when the call ends, however that is; False: it has ended. The worker's part of the
-    work ends with it.
-    """
+    """Answer a GetSkeys call, as the contract says."""
     vm_id = convert.vm_id_of(request.vm)
     note(vm=request.vm)
     asked = _Asked(request)
-    ended = threading.Event()
-    with streams.taken(), registry.session(vm_id) as session:
-
-        def end() -> None:
-            ended.set()
-            session.hang_up()
-
-        try:
-            if not when_ended(end):
-                raise Cancelled
-            with closing(_parts(session, request, asked)) as parts:
-                yield from parts
-        except SkeydError:
-            if ended.is_set():
-                raise Cancelled from None  # what failed was cut off on purpose
-            raise
+    with (
+        streams.taken(request.vm),
+        hanging_up(call) as hang_up,
+        registry.session(vm_id, hang_up) as session,
+        closing(_parts(session, request, asked)) as parts,
+    ):
+        yield from parts
 
 
 class _Asked:

@@ -12,6 +12,7 @@ import skeyd
 from skeyd import limits
 from skeyd.errors import Reason, SkeydError
 from skeyd.rpc import convert
+from skeyd.rpc.slots import CallSlots
 from skeyd.v1 import host_service_pb2, host_service_pb2_grpc
 from skeyd.vms.registry import Registry
 from skeyd.worker.protocol import MAX_MEMORY_SLOTS, Fields, ProtocolError
@@ -20,15 +21,17 @@ from skeyd.worker.protocol import MAX_MEMORY_SLOTS, Fields, ProtocolError
 class HostService(host_service_pb2_grpc.HostServiceServicer):
     """Says what the host can do."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, short_calls: CallSlots) -> None:
         self._registry = registry
+        self._short_calls = short_calls
 
     def GetHost(
         self, request: host_service_pb2.GetHostRequest, context: grpc.ServicerContext
     ) -> host_service_pb2.GetHostResponse:
         """As the contract says."""
         try:
-            return host_service_pb2.GetHostResponse(host=_host(self._registry.probe_host()))
+            with self._short_calls.taken("GetHost", Reason.TOO_MANY_CALLS):
+                return host_service_pb2.GetHostResponse(host=_host(self._registry.probe_host()))
         except ProtocolError as error:
             raise SkeydError(Reason.WORKER_FAILED, f"the probe broke the protocol: {error}") from error
 

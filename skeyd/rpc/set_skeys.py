@@ -14,8 +14,8 @@ from skeyd.encoding import codec
 from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange
 from skeyd.rpc import convert
-from skeyd.rpc.bulk import hung_up_when_ended, require_active
 from skeyd.rpc.calls import note
+from skeyd.rpc.ending import hanging_up, require_active
 from skeyd.rpc.slots import CallSlots
 from skeyd.v1 import storage_key_service_pb2 as pb
 from skeyd.vms.registry import Registry
@@ -45,7 +45,7 @@ def set_skeys(
         note(request_id=options.request_id)
     # Who only checks keys excludes nobody who sets them. A slot is for streams that have said what they want.
     opened = registry.session if options.validate_only else registry.writing
-    with streams.taken(), opened(vm_id) as session, hung_up_when_ended(session, context):
+    with streams.taken(header.vm), hanging_up(context) as hang_up, opened(vm_id, hang_up) as session:
         writing = KeyWriting(session, ranges, options, partial(require_active, context))
         with writing.told():
             if not writing.begin():

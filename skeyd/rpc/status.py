@@ -56,12 +56,16 @@ STATUS: Final = {
     Reason.HOST_EXHAUSTED: StatusCode.RESOURCE_EXHAUSTED,
     Reason.TOO_MANY_VMS: StatusCode.RESOURCE_EXHAUSTED,
     Reason.TOO_MANY_STREAMS: StatusCode.RESOURCE_EXHAUSTED,
+    Reason.TOO_MANY_CALLS: StatusCode.RESOURCE_EXHAUSTED,
+    Reason.TOO_MANY_CALLS_ON_VM: StatusCode.RESOURCE_EXHAUSTED,
 }
 
 RETRY_SECONDS: Final = {
     Reason.VM_BUSY: 1,
     Reason.WORKER_LOST: 1,
     Reason.TOO_MANY_STREAMS: 1,
+    Reason.TOO_MANY_CALLS: 1,
+    Reason.TOO_MANY_CALLS_ON_VM: 1,
     Reason.HOST_EXHAUSTED: 5,
 }
 """Reasons that pass by themselves: they carry RetryInfo."""

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import grpc
 
-from skeyd import limits
 from skeyd.errors import Reason, SkeydError
 from skeyd.rpc import convert
 from skeyd.rpc.calls import note
 from skeyd.rpc.digest_skeys import digest_skeys
+from skeyd.rpc.ending import hanging_up
 from skeyd.rpc.get_skeys import get_skeys
 from skeyd.rpc.set_skeys import set_skeys
 from skeyd.rpc.slots import CallSlots
@@ -25,15 +25,16 @@ from skeyd.vms.single import read_one, reset_referenced, write_one
 class StorageKeyService(storage_key_service_pb2_grpc.StorageKeyServiceServicer):
     """Read and set keys. Errors are raised as SkeydErrors; CallInterceptor turns them into statuses."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, streams: CallSlots, short_calls: CallSlots) -> None:
         self._registry = registry
-        self._streams = CallSlots(limits.MAX_KEY_STREAMS, "streams of keys")
+        self._streams = streams
+        self._short_calls = short_calls
 
     def GetSkeys(  # type: ignore[override]  # chunks are written down already
         self, request: pb.GetSkeysRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GetSkeysResponse | bytes]:
         """As the contract says."""
-        return get_skeys(self._registry, self._streams, request, context.add_callback)
+        return get_skeys(self._registry, self._streams, request, context)
 
     def SetSkeys(
         self, request_iterator: Iterator[pb.SetSkeysRequest], context: grpc.ServicerContext
@@ -45,7 +46,11 @@ class StorageKeyService(storage_key_service_pb2_grpc.StorageKeyServiceServicer):
         """As the contract says."""
         vm_id = convert.vm_id_of(request.vm)
         note(vm=request.vm, gfn=hex(request.gfn))
-        with self._registry.session(vm_id) as session:
+        with (
+            self._short_calls.taken(request.vm),
+            hanging_up(context) as hang_up,
+            self._registry.session(vm_id, hang_up, brief=True) as session,
+        ):
             found = read_one(session, request.gfn)
         return pb.GetSkeyResponse(key=found.key, call=_call(found.by_keyop))
 
@@ -55,7 +60,11 @@ class StorageKeyService(storage_key_service_pb2_grpc.StorageKeyServiceServicer):
         note(vm=request.vm, gfn=hex(request.gfn))
         if request.key > 0xFF:
             raise SkeydError(Reason.REQUEST_INVALID, f"a key is one byte, not {request.key:#x}")
-        with self._registry.writing(vm_id) as session:
+        with (
+            self._short_calls.taken(request.vm),
+            hanging_up(context) as hang_up,
+            self._registry.writing(vm_id, hang_up, brief=True) as session,
+        ):
             done = write_one(session, request.gfn, request.key, request.allow_enable)
         note(repaired=int(done.repaired))
         return pb.SetSkeyResponse(
@@ -68,7 +77,11 @@ class StorageKeyService(storage_key_service_pb2_grpc.StorageKeyServiceServicer):
         """As the contract says."""
         vm_id = convert.vm_id_of(request.vm)
         note(vm=request.vm, gfn=hex(request.gfn))
-        with self._registry.writing(vm_id) as session:
+        with (
+            self._short_calls.taken(request.vm),
+            hanging_up(context) as hang_up,
+            self._registry.writing(vm_id, hang_up, brief=True) as session,
+        ):
             was = reset_referenced(session, request.gfn)
         return pb.ResetReferencedResponse(was_referenced=bool(was & REFERENCED), was_changed=bool(was & CHANGED))
 

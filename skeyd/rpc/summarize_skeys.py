@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from skeyd.rpc import convert
-from skeyd.rpc.bulk import Call, hung_up_when_ended, parts_of, slice_seconds_of
+from skeyd.rpc.bulk import parts_of, slice_seconds_of
 from skeyd.rpc.calls import note
+from skeyd.rpc.ending import Call, hanging_up
 from skeyd.rpc.slots import CallSlots
 from skeyd.summary import Summarizer
 from skeyd.v1 import storage_key_service_pb2 as pb
@@ -21,7 +22,7 @@ def summarize_skeys(
     asked = convert.ranges_of(request.ranges)
     slice_seconds = slice_seconds_of(request)
     summarizer, gap_frames = Summarizer(), 0
-    with streams.taken(), registry.session(vm_id) as session, hung_up_when_ended(session, call):
+    with streams.taken(request.vm), hanging_up(call) as hang_up, registry.session(vm_id, hang_up) as session:
         ranges = check_ranges(session.memory_map, asked)
         answer = pb.SummarizeSkeysResponse(uses_storage_keys=session.uses_keys(), incarnation=session.hello.incarnation)
         if not answer.uses_storage_keys:

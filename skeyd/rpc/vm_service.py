@@ -6,8 +6,11 @@ from pathlib import Path
 
 import grpc
 
+from skeyd.errors import Reason
 from skeyd.rpc import convert
 from skeyd.rpc.calls import note
+from skeyd.rpc.ending import hanging_up
+from skeyd.rpc.slots import CallSlots
 from skeyd.v1 import vm_service_pb2, vm_service_pb2_grpc
 from skeyd.vms.registry import Registry
 
@@ -15,8 +18,9 @@ from skeyd.vms.registry import Registry
 class VmService(vm_service_pb2_grpc.VmServiceServicer):
     """Create, look at, delete. Errors are raised as SkeydErrors; CallInterceptor turns them into statuses."""
 
-    def __init__(self, registry: Registry, memory_dir: Path | None) -> None:
+    def __init__(self, registry: Registry, memory_dir: Path | None, short_calls: CallSlots) -> None:
         self._registry = registry
+        self._short_calls = short_calls
         self._memory_dir = memory_dir
 
     def CreateVm(
@@ -25,7 +29,8 @@ class VmService(vm_service_pb2_grpc.VmServiceServicer):
         """As the contract says."""
         spec = convert.spec_of(request, self._memory_dir)
         note(vm=f"vms/{spec.vm_id}")
-        vm = self._registry.create(spec)
+        with self._short_calls.taken(f"vms/{spec.vm_id}"):
+            vm = self._registry.create(spec)
         return vm_service_pb2.CreateVmResponse(vm=convert.vm_message(vm))
 
     def GetVm(
@@ -34,13 +39,17 @@ class VmService(vm_service_pb2_grpc.VmServiceServicer):
         """As the contract says."""
         vm_id = convert.vm_id_of(request.name)
         note(vm=request.name)
-        return vm_service_pb2.GetVmResponse(vm=convert.vm_message(self._registry.get(vm_id)))
+        with self._short_calls.taken(request.name), hanging_up(context) as hang_up:
+            vm = self._registry.get(vm_id, hang_up)
+        return vm_service_pb2.GetVmResponse(vm=convert.vm_message(vm))
 
     def ListVms(
         self, request: vm_service_pb2.ListVmsRequest, context: grpc.ServicerContext
     ) -> vm_service_pb2.ListVmsResponse:
         """As the contract says."""
-        vms = self._registry.list_all()
+        # It waits for all VMs, and so for the slowest.
+        with self._short_calls.taken("ListVms", Reason.TOO_MANY_CALLS):
+            vms = self._registry.list_all()
         note(vms=len(vms))
         return vm_service_pb2.ListVmsResponse(vms=[convert.vm_message(vm) for vm in vms])
 
@@ -50,5 +59,6 @@ class VmService(vm_service_pb2_grpc.VmServiceServicer):
         """As the contract says."""
         vm_id = convert.vm_id_of(request.name)
         note(vm=request.name)
-        self._registry.delete(vm_id)
+        with self._short_calls.taken(request.name), hanging_up(context) as hang_up:
+            self._registry.delete(vm_id, hang_up)
         return vm_service_pb2.DeleteVmResponse()

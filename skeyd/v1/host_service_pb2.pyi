@@ -129,7 +129,9 @@ class Limits(google.protobuf.message.Message):
     max_vms: builtins.int
     """Most VMs on this host."""
     max_key_streams: builtins.int
-    """Most key streams at once; one more is refused with RESOURCE_EXHAUSTED."""
+    """Most key streams at once; one more is refused with RESOURCE_EXHAUSTED. A VM gets another only while it has fewer than
+    are free: alone half of them.
+    """
     def __init__(
         self,
         *,

@@ -68,7 +68,8 @@ class StorageKeyServiceServicer(object):
 
         ABORTED VM_REPLACED: the VM to be resumed is gone, and another has its name.
         NOT_FOUND VM_NOT_FOUND. INVALID_ARGUMENT RANGE_EMPTY, RANGE_OVERFLOW, RANGES_NOT_ASCENDING, REQUEST_INVALID,
-        VM_ID_INVALID. FAILED_PRECONDITION VM_DEAD, VM_QUARANTINED. RESOURCE_EXHAUSTED TOO_MANY_STREAMS.
+        VM_ID_INVALID. FAILED_PRECONDITION VM_DEAD, VM_QUARANTINED. RESOURCE_EXHAUSTED TOO_MANY_STREAMS,
+        TOO_MANY_CALLS_ON_VM.
         OUT_OF_RANGE GFN_NOT_MAPPED: a range begins or ends at a frame in no memory slot.
         UNAVAILABLE WORKER_LOST: the VM's worker went away.
         """

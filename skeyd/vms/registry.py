@@ -1,4 +1,4 @@
-"""Create, find, look at and delete VMs. Nothing of a VM is kept between two calls: each asks anew."""
+"""Create, find, look at and delete VMs. Of a VM nothing but connections is kept between two calls: each asks anew."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from dataclasses import replace
 from typing import Final
 
 from skeyd.errors import Reason, SkeydError, exhausted
-from skeyd.limits import MAX_VMS, WORKER_END_SECONDS, WORKER_HELLO_SECONDS, WORKER_START_SECONDS
+from skeyd.limits import (
+    IDLE_SESSIONS,
+    IDLE_SESSIONS_A_VM,
+    MAX_VMS,
+    PROVEN_SECONDS,
+    WORKER_END_SECONDS,
+    WORKER_HELLO_SECONDS,
+    WORKER_START_SECONDS,
+)
+from skeyd.vms.hang_up import HangUp
+from skeyd.vms.idle import IdleSessions
 from skeyd.vms.runtime import RuntimeDirectory, VmDirectory
 from skeyd.vms.session import Session
 from skeyd.vms.starter import WorkerStarter
@@ -36,6 +46,7 @@ class Registry:
         self._busy: set[str] = set()
         self._starting: set[str] = set()
         self._ending: set[str] = set()
+        self._idle = IdleSessions(IDLE_SESSIONS, IDLE_SESSIONS_A_VM)
         self._lock = threading.Lock()
 
     def create(self, spec: Spec) -> Vm:
@@ -65,11 +76,11 @@ class Registry:
             finally:
                 directory.close()
 
-    def get(self, vm_id: str) -> Vm:
-        """Look at one VM. SkeydError VM_NOT_FOUND."""
+    def get(self, vm_id: str, hang_up: HangUp | None = None) -> Vm:
+        """Look at one VM. SkeydError VM_NOT_FOUND; WORKER_LOST where it was hung up."""
         self._starter.reap()
         with self._runtime.open_vm(vm_id) as directory:
-            return self._look(directory)
+            return self._look(directory, hang_up)
 
     def list_all(self) -> list[Vm]:
         """Look at all VMs, in order of id. One that doesn't answer costs WORKER_HELLO_SECONDS, not that each."""
@@ -88,12 +99,18 @@ class Registry:
         """Names in the directory of VMs that can't be a VM's."""
         return self._runtime.strangers()
 
-    def delete(self, vm_id: str) -> None:
-        """End a VM and free its name. SkeydError VM_QUARANTINED where skeyd can't tell what it would end; VM_BUSY."""
+    def delete(self, vm_id: str, hang_up: HangUp | None = None) -> None:
+        """End a VM and free its name. SkeydError VM_QUARANTINED where skeyd can't tell what it would end; VM_BUSY.
+
+        It can be hung up until the worker has said who it is.
+        """
+        hang_up = hang_up or HangUp()
         with self._exclusively(vm_id), self._runtime.open_vm(vm_id) as directory:
-            session, vm = self._connect(directory)
+            session, vm = self._connect(directory, hang_up)
             if session is not None:
+                hang_up.let_go()
                 with session, self._listed_in(self._ending, vm_id):
+                    self._idle.drop(vm_id)
                     # Before anything is ended: afterwards the VM would be gone and its name still taken.
                     self._runtime.require_own_files(directory)
                     _end(session)
@@ -103,26 +120,89 @@ class Registry:
             self._runtime.remove_vm(directory)
 
     @contextmanager
-    def session(self, vm_id: str) -> Iterator[Session]:
-        """Talk with a VM's worker. SkeydError VM_NOT_FOUND, VM_DEAD, VM_QUARANTINED, WORKER_LOST."""
-        with self._runtime.open_vm(vm_id) as directory:
-            session, vm = self._connect(directory)
+    def session(self, vm_id: str, hang_up: HangUp | None = None, *, brief: bool = False) -> Iterator[Session]:
+        """Talk with a VM's worker. SkeydError VM_NOT_FOUND, VM_DEAD, VM_QUARANTINED, WORKER_LOST.
+
+        `brief`: for a question or two, over a connection that is kept for the next.
+        """
+        hang_up = hang_up or HangUp()
+        # Before anything is asked: what changes from now on makes it another VM.
+        evidence = self._runtime.evidence(vm_id) if brief else None
+        session = self._idle_session(vm_id, evidence, hang_up) if brief else None
         if session is None:
-            raise _not_ready(vm)
-        with session:
-            if vm.state is not VmState.READY:
-                raise _not_ready(vm)
+            session = self._new_session(vm_id, hang_up)
+            if brief:
+                session.be_brief()
+        done = False
+        try:
             yield session
+            done = True
+        finally:
+            hang_up.let_go()
+            if done and evidence is not None:
+                self._keep(vm_id, evidence, session)
+            else:
+                session.close()
 
     @contextmanager
-    def writing(self, vm_id: str) -> Iterator[Session]:
+    def writing(self, vm_id: str, hang_up: HangUp | None = None, *, brief: bool = False) -> Iterator[Session]:
         """Talk with a VM's worker as the only one who changes anything. As `session`, and VM_BUSY."""
-        with self._exclusively(vm_id), self.session(vm_id) as session:
+        with self._exclusively(vm_id), self.session(vm_id, hang_up, brief=brief) as session:
             yield session
+
+    def close(self) -> None:
+        """Let go of all workers that nobody talks with. They go on."""
+        self._idle.close()
 
     def probe_host(self) -> Fields:
         """Have a worker look at the host."""
         return self._starter.probe_host()
+
+    def _new_session(self, vm_id: str, hang_up: HangUp) -> Session:
+        with self._runtime.open_vm(vm_id) as directory:
+            session, vm = self._connect(directory, hang_up)
+        if session is None:
+            raise _not_ready(vm)
+        if vm.state is not VmState.READY:
+            hang_up.let_go()
+            session.close()
+            raise _not_ready(vm)
+        return session
+
+    def _idle_session(self, vm_id: str, evidence: tuple[int, ...] | None, hang_up: HangUp) -> Session | None:
+        # A kept session whose worker answers now, or did a moment ago.
+        if evidence is None or vm_id in self._ending:
+            return None
+        kept = self._idle.take(vm_id, evidence)
+        if kept is None:
+            return None
+        session, unused_seconds = kept
+        session.hold_by(hang_up)
+        try:
+            if unused_seconds > PROVEN_SECONDS:
+                session.status()
+            return session
+        except SkeydError as error:
+            hang_up.let_go()
+            session.close()
+            if hang_up.was_told:
+                raise
+            self._idle.drop(vm_id)
+            if isinstance(error.__cause__, TimeoutError):
+                raise _not_ready(Vm(vm_id, VmState.QUARANTINED, _no_answer())) from None
+            return None  # who asks anew is told what is wrong
+        except BaseException:
+            hang_up.let_go()
+            session.close()
+            raise
+
+    def _keep(self, vm_id: str, evidence: tuple[int, ...], session: Session) -> None:
+        with self._lock:
+            # Whoever ends a VM is listed before it closes what is kept, and that of a worker that ended isn't kept.
+            if vm_id not in self._ending:
+                self._idle.put(vm_id, evidence, session)
+                return
+        session.close()
 
     @contextmanager
     def _listed_in(self, ids: set[str], vm_id: str) -> Iterator[None]:
@@ -160,22 +240,36 @@ class Registry:
         except OSError as error:  # the host is short of something; that says nothing of the VM
             return Vm(vm_id, VmState.QUARANTINED, f"it can't be looked at now: {error.strerror}")
 
-    def _look(self, directory: VmDirectory) -> Vm:
-        session, vm = self._connect(directory)
+    def _look(self, directory: VmDirectory, hang_up: HangUp | None = None) -> Vm:
+        hang_up = hang_up or HangUp()
+        session, vm = self._connect(directory, hang_up)
         if session is not None:
+            hang_up.let_go()
             session.close()
         return vm
 
-    def _connect(self, directory: VmDirectory) -> tuple[Session | None, Vm]:
+    def _connect(self, directory: VmDirectory, hang_up: HangUp) -> tuple[Session | None, Vm]:
         # What is known of the VM, and its worker's session where the worker is the one that was started for it.
         try:
-            return self._try_to_connect(directory)
+            session, vm = self._try_to_connect(directory, hang_up)
         except OSError as error:
             if exhausted(error):
                 raise
-            return None, Vm(directory.vm_id, VmState.QUARANTINED, f"its directory can't be used: {error.strerror}")
+            session, vm = (
+                None,
+                Vm(directory.vm_id, VmState.QUARANTINED, f"its directory can't be used: {error.strerror}"),
+            )
+        if session is None:
+            if hang_up.was_told:
+                # Whatever was seen, it was seen of a connection that was cut on purpose.
+                name = f"vms/{directory.vm_id}"
+                raise SkeydError(
+                    Reason.WORKER_LOST, f"the call on {name} ended before its worker answered", {"vm": name}
+                )
+            self._idle.drop(directory.vm_id)
+        return session, vm
 
-    def _try_to_connect(self, directory: VmDirectory) -> tuple[Session | None, Vm]:
+    def _try_to_connect(self, directory: VmDirectory, hang_up: HangUp) -> tuple[Session | None, Vm]:
         try:
             record = directory.read_record()
         except ProtocolError as error:
@@ -192,9 +286,9 @@ class Registry:
             # Its lock may not be taken yet, and without it a VM looks dead.
             return None, vm(VmState.CREATING, "its worker is being started")
         try:
-            session = Session.connect(directory.fd)
+            session = Session.connect(directory.fd, hang_up)
         except (TimeoutError, BlockingIOError):  # the second: it has not taken the connections before this one
-            return None, vm(VmState.QUARANTINED, f"its worker did not answer within {WORKER_HELLO_SECONDS:g} s")
+            return None, vm(VmState.QUARANTINED, _no_answer())
         except FileNotFoundError:
             if directory.worker_lives():
                 if time.time() > record.created + 2 * WORKER_START_SECONDS:
@@ -211,6 +305,7 @@ class Registry:
             return None, vm(VmState.QUARANTINED, f"what answers is not its worker: {error}")
         hello = session.hello
         if (hello.vm_id, hello.uid) != (record.vm_id, record.uid):
+            hang_up.let_go()
             session.close()
             what = f"what answers is the worker of {hello.vm_id} (uid {hello.uid})"
             return None, vm(VmState.QUARANTINED, what)
@@ -235,6 +330,7 @@ class Registry:
                 return session, replace(known, state=VmState.DEAD, state_reason=error.message)
             if error.reason not in (Reason.WORKER_LOST, Reason.WORKER_FAILED):
                 return session, replace(known, state_reason=error.message)
+            hang_up.let_go()
             session.close()
             if error.reason is Reason.WORKER_LOST and not directory.worker_lives():
                 return None, vm(VmState.DEAD, "its worker is gone")
@@ -262,6 +358,10 @@ def _end(session: Session) -> None:
             f"the worker of {name} (pid {hello.pid}) agreed to end and has not in {WORKER_END_SECONDS:g} s",
             {"vm": name},
         )
+
+
+def _no_answer() -> str:
+    return f"its worker did not answer within {WORKER_HELLO_SECONDS:g} s"
 
 
 def _not_ready(vm: Vm) -> SkeydError:

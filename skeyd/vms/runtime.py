@@ -149,6 +149,18 @@ class RuntimeDirectory:
         finally:
             directory.close()
 
+    def evidence(self, vm_id: str) -> tuple[int, ...] | None:
+        """Return what tells a VM's directory, record and socket from others of that name; None where one is missing."""
+        found: list[int] = []
+        try:
+            for name in (vm_id, f"{vm_id}/{RECORD}", f"{vm_id}/{SOCKET}"):
+                stat_of = os.stat(name, dir_fd=self._vms_fd, follow_symlinks=False)
+                # Files come and go in a directory; a record or a socket that changed is another one.
+                found += (stat_of.st_dev, stat_of.st_ino, stat_of.st_ctime_ns if name != vm_id else 0)
+        except OSError:
+            return None
+        return tuple(found)
+
     def require_own_files(self, directory: VmDirectory) -> None:
         """VM_QUARANTINED where files lie in a VM's directory that are not skeyd's."""
         with os.scandir(directory.fd) as entries:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import mmap
 import os
+import select
 import socket
-import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ from skeyd.gfn import GfnRange, MemoryMap
 from skeyd.limits import DEFAULT_SLICE_SECONDS, WORKER_ANSWER_SECONDS, WORKER_HELLO_SECONDS
 from skeyd.linux import is_sealed_memfd, peer_of
 from skeyd.storage_key import CHANGED, REFERENCED, RESERVED
+from skeyd.vms.hang_up import HangUp
 from skeyd.vms.pacing import Pace
 from skeyd.vms.read_ahead import ChunkRead, ReadAhead
 from skeyd.worker.channel import Channel, address_in, close_all
@@ -42,25 +43,29 @@ class Session:
         self.memory_map = MemoryMap(hello.slots)
         self._channel = channel
         self._buffers: mmap.mmap | None = None
-        self._closing = threading.Lock()
-        self._closed = False
         self._is_lost = False
         """An answer didn't come, or was none: the next packet may be the answer to any question."""
+        self._answer_seconds = WORKER_ANSWER_SECONDS
         self._unanswered = 0
         """Requests that were sent ahead."""
 
     @classmethod
-    def connect(cls, directory_fd: int) -> Self:
+    def connect(cls, directory_fd: int, hang_up: HangUp | None = None) -> Self:
         """Connect to the worker of a VM's directory and take its hello.
+
+        `hang_up` holds the connection from before the hello on, and lets go of it where there is no session.
 
         OSError (ConnectionRefusedError, FileNotFoundError): nobody listens. TimeoutError: nobody answers.
         ProtocolError: what answers is no worker of this version, or not who it says.
         """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         channel = Channel(connection)
+        hang_up = hang_up or HangUp()
         try:
             connection.settimeout(WORKER_HELLO_SECONDS)
+            # It doesn't wait: where the worker has not taken the connections before this one, it fails.
             connection.connect(address_in(directory_fd, SOCKET))
+            hang_up.hold(connection)
             peer = peer_of(connection)
             if peer.uid not in (0, os.geteuid()):
                 raise ProtocolError(f"the process that listens (pid {peer.pid}) belongs to uid {peer.uid}")
@@ -75,8 +80,24 @@ class Session:
             connection.settimeout(WORKER_ANSWER_SECONDS)
             return cls(channel, hello)
         except BaseException:
+            hang_up.let_go()
             channel.close()
             raise
+
+    def hold_by(self, hang_up: HangUp) -> None:
+        """Have the connection hung up on by it from now on, as that which `connect` was given."""
+        hang_up.hold(self._channel.connection)
+
+    def be_brief(self) -> None:
+        """Wait for an answer no longer than for a hello from now on: nothing that takes long is asked."""
+        self._answer_seconds = WORKER_HELLO_SECONDS
+        self._channel.connection.settimeout(self._answer_seconds)
+
+    def is_quiet(self) -> bool:
+        """Whether the worker has neither hung up nor said anything that was not taken, and nothing is awaited."""
+        look = select.poll()
+        look.register(self._channel.connection, select.POLLIN | select.POLLRDHUP)
+        return not (self._is_lost or self._unanswered or look.poll(0))
 
     def uses_keys(self) -> bool:
         """Whether the guest uses storage keys."""
@@ -94,7 +115,7 @@ class Session:
                 return answer.boolean("uses_keys"), _last_write(answer)
         finally:
             # A refusal too leaves a session that can be used.
-            self._channel.connection.settimeout(WORKER_ANSWER_SECONDS)
+            self._channel.connection.settimeout(self._answer_seconds)
 
     def read_chunks(self, chunks: Iterable[GfnRange], pace: Pace) -> Iterator[ChunkRead]:
         """Read ranges of at most BUFFER_KEYS frames, by ioctls as long as `pace` says, ahead of the caller."""
@@ -191,21 +212,9 @@ class Session:
         with self._strict():
             self._call({"op": "shutdown", "uid": self.hello.uid})
 
-    def hang_up(self) -> None:
-        """Have whoever waits for the worker in another thread fail at once (WORKER_LOST), and the worker do no more.
-
-        Any thread; also of a session that is closed.
-        """
-        with self._closing:
-            if not self._closed:
-                with suppress(OSError):  # the worker was faster
-                    self._channel.connection.shutdown(socket.SHUT_RDWR)
-
     def close(self) -> None:
         """Hang up. The worker and its VM go on."""
-        with self._closing:
-            self._closed = True
-            self._channel.close()
+        self._channel.close()
         if self._buffers is not None:
             self._buffers.close()
 

@@ -70,12 +70,12 @@ def _around(trigger: Trigger, name: str, original: Callable[..., Any], *argument
         trigger.at(f"{name}.after")
 
 
-def _patiently(file: Path, original: Callable[..., Session], directory_fd: int) -> Session:
+def _patiently(file: Path, original: Callable[..., Session], *arguments: Any) -> Session:
     answer, hello = limits.WORKER_ANSWER_SECONDS, limits.WORKER_HELLO_SECONDS
     with suppress(FileNotFoundError):
         answer = hello = float(file.read_text())
     vars(session).update(WORKER_ANSWER_SECONDS=answer, WORKER_HELLO_SECONDS=hello)
-    return original(directory_fd)
+    return original(*arguments)
 
 
 def _answers(trigger: Trigger, original: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:

@@ -17,7 +17,7 @@ from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange, Ranges
 from skeyd.limits import CALL_THREADS, DEFAULT_SLICE_SECONDS, MAX_KEY_STREAMS
 from skeyd.rpc import bulk
-from skeyd.rpc.bulk import hung_up_when_ended, parts_of, slice_seconds_of
+from skeyd.rpc.bulk import parts_of, slice_seconds_of
 from skeyd.rpc.calls import Cancelled
 from skeyd.v1 import storage_key_service_pb2 as pb
 from skeyd.vms.pacing import Pace
@@ -30,6 +30,9 @@ from tests.vms.fake_session import FakeSession, key_of
 
 LARGE: Final = 4 << 20
 """MiB of a guest whose 1 Gi keys take longer to read than any test waits."""
+
+SHARE: Final = MAX_KEY_STREAMS // 2
+"""Such calls that one VM has alone."""
 
 QUICKLY: Final = 20.0
 """Seconds; a call that waits for such a reader waits for longer."""
@@ -113,15 +116,15 @@ def test_many_readers_are_bounded_keep_no_short_call_waiting_and_end_with_their_
     with Stubs(daemon.target) as stubs:
         vm = stubs.create("large", (0, LARGE)).name
         stubs.set(vm, [(0, b"\x10")])
-        calls = [begin(stubs, method, vm) for _ in range(MAX_KEY_STREAMS + 1)]
+        calls = [begin(stubs, method, vm) for _ in range(SHARE + 1)]
         found = refusal(first_done(calls).exception())
-        assert (found.code, found.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS")
+        assert (found.code, found.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_CALLS_ON_VM")
         assert sum(one.done() for one in calls) == 1
         for other in ("DigestSkeys", "SummarizeSkeys"):
-            assert refused(lambda other=other: call(stubs, other, vm)).reason == "TOO_MANY_STREAMS"  # type: ignore[misc]
+            assert refused(lambda other=other: call(stubs, other, vm)).reason == "TOO_MANY_CALLS_ON_VM"  # type: ignore[misc]
         _, write = stubs.send(header(vm, (0, 1)), chunk(0, b"\x20"))
         assert write is not None
-        assert write.reason == "TOO_MANY_STREAMS"
+        assert write.reason == "TOO_MANY_CALLS_ON_VM"
 
         assert check(stubs.channel, seconds=QUICKLY) == SERVING
         assert stubs.names() == [vm]
@@ -130,7 +133,7 @@ def test_many_readers_are_bounded_keep_no_short_call_waiting_and_end_with_their_
         os.kill(daemon.worker_pid("large"), signal.SIGKILL)
         for one in calls:
             found = refusal(one.exception(timeout=SECONDS))
-            assert found.reason in ("WORKER_LOST", "VM_DEAD", "TOO_MANY_STREAMS")
+            assert found.reason in ("WORKER_LOST", "VM_DEAD", "TOO_MANY_CALLS_ON_VM")
         assert refused(lambda: call(stubs, method, vm)).reason == "VM_DEAD"
         call(stubs, method, small)
 
@@ -140,17 +143,17 @@ def test_nothing_more_is_read_for_a_client_that_has_gone(daemon: DaemonProcess, 
     with Stubs(daemon.target) as stubs:
         vm = stubs.create("large", (0, LARGE)).name
         stubs.set(vm, [(0, b"\x10")])
-        # All slots are taken: whoever is refused has seen that the others are served.
-        calls = [begin(stubs, method, vm, 3.0 if how == "deadline" else None) for _ in range(MAX_KEY_STREAMS + 1)]
+        # All slots that one VM may have are taken: whoever is refused has seen that the others are served.
+        calls = [begin(stubs, method, vm, 3.0 if how == "deadline" else None) for _ in range(SHARE + 1)]
         first_done(calls)
         stopped = how == "worker-stands-still"
         if stopped:
             os.kill(daemon.worker_pid("large"), signal.SIGSTOP)
         for one in calls if how != "deadline" else ():
             one.cancel()
-        for _ in range(MAX_KEY_STREAMS):
+        for _ in range(SHARE):
             line = daemon.wait_for_line("rpc", method=f"/skeyd.v1.StorageKeyService/{method}")
-            while line.get("reason") == "TOO_MANY_STREAMS":
+            while line.get("reason") == "TOO_MANY_CALLS_ON_VM":
                 line = daemon.wait_for_line("rpc", method=f"/skeyd.v1.StorageKeyService/{method}")
             # A worker that is stopped before it has said who it is can't be told from one that never will.
             assert line["code"] == "CANCELLED" or (stopped and line["reason"] == "VM_QUARANTINED")
@@ -210,12 +213,8 @@ def test_the_client_is_looked_for_before_each_slice() -> None:
     assert len(session.read) == before < 4
 
 
-class Ended:
-    """A call that ends when it is told to."""
-
-    def __init__(self, *, already: bool = False) -> None:
-        self._already = already
-        self.end: Callable[[], None] = lambda: None
+class Endless:
+    """A call that never ends."""
 
     def is_active(self) -> bool:
         """As grpc's context does."""
@@ -223,43 +222,7 @@ class Ended:
 
     def add_callback(self, callback: Callable[[], None]) -> bool:
         """As grpc's context does."""
-        self.end = callback
-        return not self._already
-
-
-class HungUp(FakeSession):
-    """A session that notes that it was hung up."""
-
-    hung_up = False
-
-    def hang_up(self) -> None:
-        """Note it."""
-        self.hung_up = True
-
-
-def test_the_worker_is_hung_up_on_when_the_call_ends_and_what_fails_by_that_is_nobodys_error() -> None:
-    session, context = HungUp((0, 1)), Ended()
-    lost = SkeydError(Reason.WORKER_LOST, "lost")
-
-    def work() -> None:
-        with hung_up_when_ended(session, context):
-            assert not session.hung_up
-            context.end()
-            assert session.hung_up
-            raise lost
-
-    with pytest.raises(Cancelled):
-        work()
-    with pytest.raises(SkeydError) as raised, hung_up_when_ended(session, Ended()):
-        raise lost
-    assert raised.value is lost
-
-
-def test_nothing_is_begun_for_a_call_that_has_ended() -> None:
-    begun = False
-    with pytest.raises(Cancelled), hung_up_when_ended(HungUp((0, 1)), Ended(already=True)):
-        begun = True
-    assert not begun
+        return True
 
 
 def test_an_ioctl_may_take_as_long_as_the_request_says(
@@ -294,7 +257,7 @@ def test_all_parts_come_while_the_client_is_there() -> None:
 
 
 def test_a_worker_that_tells_of_impossible_keys_or_suddenly_of_none_is_found_out() -> None:
-    session, client = FakeSession((0, 8)), Ended()
+    session, client = FakeSession((0, 8)), Endless()
     session.impossible[5] = 0x31
     with pytest.raises(SkeydError, match="impossible key at gfn 0x5") as failed:
         list(parts_of(session, Ranges([GfnRange(0, 8)]), 1.0, client))

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from skeyd.errors import SkeydError
+from skeyd.errors import Reason, SkeydError
 from skeyd.rpc.calls import Cancelled
 from skeyd.rpc.get_skeys import get_skeys
 from skeyd.rpc.slots import CallSlots
 from skeyd.v1 import storage_key_service_pb2 as pb
+from skeyd.vms.hang_up import HangUp
 from skeyd.vms.session import Session
 from tests.rpc.stubs import ranges
 from tests.vms.fake_worker import Caller, FakeWorker, Script, hello
@@ -32,11 +33,14 @@ class _OneVm:
         self._directory = directory
 
     @contextmanager
-    def session(self, _: str) -> Iterator[Session]:
+    def session(self, _: str, hang_up: HangUp) -> Iterator[Session]:
         fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            with Session.connect(fd) as session:
-                yield session
+            with Session.connect(fd, hang_up) as session:
+                try:
+                    yield session
+                finally:
+                    hang_up.let_go()
         finally:
             os.close(fd)
 
@@ -45,13 +49,16 @@ class _Call:
     """A call that can be ended from outside."""
 
     def __init__(self, directory: Path) -> None:
-        self.slots = CallSlots(1, "streams")
+        self.slots = CallSlots(1, "streams", Reason.TOO_MANY_STREAMS)
         self._end: Callable[[], None] | None = None
         registry: Any = _OneVm(directory)
-        self.parts = get_skeys(registry, self.slots, REQUEST, self._when_ended)
+        self.parts = get_skeys(registry, self.slots, REQUEST, self)
 
-    def _when_ended(self, end: Callable[[], None]) -> bool:
-        self._end = end
+    def is_active(self) -> bool:
+        return True
+
+    def add_callback(self, callback: Callable[[], None]) -> bool:
+        self._end = callback
         return True
 
     def end(self) -> None:
@@ -100,14 +107,35 @@ def test_a_worker_that_is_lost_while_the_call_goes_on_is_an_error(runtime_dir: P
         call.end()  # as gRPC does when it is over, which then changes nothing
 
 
+class _Ended(_Call):
+    """A call that has ended before it begins."""
+
+    def add_callback(self, callback: Callable[[], None]) -> bool:
+        return False
+
+
 def test_a_call_that_has_ended_before_it_begins_asks_nothing_of_the_worker(runtime_dir: Path) -> None:
-    said: list[bytes] = []
+    # Nobody listens: whoever connected would be told so.
+    call = _Ended(runtime_dir)
+    with pytest.raises(Cancelled):
+        list(call.parts)
+    with call.slots.taken():
+        pass  # its slot is free again
+
+
+def test_who_waits_for_a_hello_is_woken(runtime_dir: Path) -> None:
+    connected = threading.Event()
 
     def script(caller: Caller) -> None:
-        caller.say(hello())
-        said.append(caller.connection.recv(1 << 16))
+        connected.set()
+        caller.wait_for_end()
 
-    registry: Any = _OneVm(runtime_dir)
-    with FakeWorker(runtime_dir, script), pytest.raises(Cancelled):
-        list(get_skeys(registry, CallSlots(1, "streams"), REQUEST, lambda _: False))
-    assert said == [b""]
+    with FakeWorker(runtime_dir, script), ThreadPoolExecutor(1) as pool:
+        call = _Call(runtime_dir)
+        reading = pool.submit(list, call.parts)
+        assert connected.wait(SECONDS)
+        call.end()
+        # Nobody but the real registry makes a SkeydError of what the connection says.
+        assert isinstance(reading.exception(SECONDS), ConnectionResetError)
+        with call.slots.taken():
+            pass

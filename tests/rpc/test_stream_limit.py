@@ -15,6 +15,9 @@ from tests.daemon import DaemonProcess
 from tests.rpc.standard_services import SERVING, check
 from tests.rpc.stubs import SetStream, Stubs, chunk, header, refusal
 
+SHARE = MAX_KEY_STREAMS // 2
+"""Streams that one VM has alone."""
+
 QUICKLY = 10.0
 """Seconds; a call that waits for a stream waits for ever."""
 
@@ -26,20 +29,20 @@ def test_stalled_streams_are_bounded_and_keep_no_short_call_waiting(daemon: Daem
         stubs.set(vm, [(0, b"\x10")])
         request = pb.GetSkeysRequest(vm=vm)
         # Without a deadline: on a slow machine the first of them would pass it while the last is made.
-        stalled = [stubs.keys.GetSkeys(request) for _ in range(MAX_KEY_STREAMS)]
-        assert [next(one).WhichOneof("part") for one in stalled] == ["header"] * MAX_KEY_STREAMS
+        stalled = [stubs.keys.GetSkeys(request) for _ in range(SHARE)]
+        assert [next(one).WhichOneof("part") for one in stalled] == ["header"] * SHARE
 
         # More than the threads that are spared for refusals; and few, since the daemon cuts who stands for a minute.
         for _ in range(2 * SPARE_THREADS):
             with pytest.raises(grpc.RpcError) as caught:
                 next(stubs.keys.GetSkeys(request, timeout=QUICKLY))
         found = refusal(caught.value)
-        assert (found.code, found.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS")
+        assert (found.code, found.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_CALLS_ON_VM")
         assert str(MAX_KEY_STREAMS) in found.message
         assert found.retry_seconds == 1
         _, write = stubs.send(header(vm, (0, 1)), chunk(0, b"\x20"))
         assert write is not None
-        assert write.reason == "TOO_MANY_STREAMS"
+        assert write.reason == "TOO_MANY_CALLS_ON_VM"
 
         with Stubs(daemon.target) as another:
             assert check(another.channel, seconds=QUICKLY) == SERVING

@@ -271,6 +271,27 @@ def test_who_lists_vms_beside_another_misses_none(runtime: RuntimeDirectory) -> 
         assert all(found == names for lists in pool.map(listed, range(4)) for found in lists)
 
 
+def test_evidence_stays_while_a_vm_is_the_same_and_changes_with_it(path: Path, runtime: RuntimeDirectory) -> None:
+    assert runtime.evidence("web") is None
+    runtime.create_vm(simulated((0, 4))).close()
+    assert runtime.evidence("web") is None, "it has no socket yet"
+    directory = path / "vms" / "web"
+    (directory / SOCKET).touch()
+    found = [runtime.evidence("web")]
+    assert found[0] is not None
+    (directory / LOG).touch()
+    assert runtime.evidence("web") == found[0]
+    for name in (SOCKET, RECORD):
+        (directory / "new").write_bytes((directory / name).read_bytes())
+        (directory / "new").rename(directory / name)
+        found.append(runtime.evidence("web"))
+    directory.rename(path / "vms" / "other")
+    directory.symlink_to("other")
+    found.append(runtime.evidence("web"))
+    assert None not in found
+    assert len(set(found)) == len(found)
+
+
 def test_a_vm_that_is_not_there_is_not_found(runtime: RuntimeDirectory) -> None:
     with pytest.raises(SkeydError) as refused, runtime.open_vm("web"):
         pass

@@ -21,6 +21,7 @@ from skeyd.gfn import GfnRange
 from skeyd.limits import WORKER_ANSWER_SECONDS
 from skeyd.linux import Peer
 from skeyd.vms import session as session_module
+from skeyd.vms.hang_up import HangUp
 from skeyd.vms.session import Session
 from skeyd.worker.outcomes import Begun, LastWrite
 from skeyd.worker.protocol import (
@@ -492,22 +493,25 @@ def test_a_session_that_is_hung_up_wakes_who_waits_for_the_worker(runtime_dir: P
         asked.set()
         caller.wait_for_end()
 
+    hang_up = HangUp()
     with FakeWorker(runtime_dir, script), _session(runtime_dir) as session:
+        session.hold_by(hang_up)
         with ThreadPoolExecutor(1) as pool:
             reading = pool.submit(_read, session)
             assert asked.wait(SECONDS)
-            session.hang_up()
+            hang_up.now()
             refused = reading.exception(SECONDS)
         assert isinstance(refused, SkeydError)
         assert refused.reason is Reason.WORKER_LOST
-        session.hang_up()
-    session.hang_up()  # and of one that is closed there is nothing to do
+        hang_up.now()
 
 
 def test_a_hang_up_after_the_worker_is_gone_is_no_error(runtime_dir: Path) -> None:
     with FakeWorker(runtime_dir, lambda caller: caller.say(hello())) as worker, _session(runtime_dir) as session:
+        hang_up = HangUp()
+        session.hold_by(hang_up)
         worker.close()
-        session.hang_up()
+        hang_up.now()
 
 
 def test_slices_of_a_guest_that_uses_no_keys_are_none(runtime_dir: Path) -> None:
