@@ -177,7 +177,7 @@ def test_calls_that_never_send_their_request_keep_no_short_call_waiting(daemon: 
             sent.wait()
             yield from ()
 
-        calls = [never(requests()) for _ in range(2 * CALL_THREADS)]
+        calls = [never(requests()) for _ in range(CALL_THREADS + 1)]
         try:
             stubs.names()
             daemon.wait_for_line("rpc", method="/skeyd.v1.VmService/ListVms")
