@@ -44,7 +44,7 @@ class Reason(enum.Enum):
     VM_REPLACED = "The VM that a stream or a comparison began with is gone, and another has its name."
     VM_DEAD = "The VM's worker is gone, or the kernel has declared the VM dead."
     VM_QUARANTINED = "Something is there that skeyd can't explain; it leaves it alone."
-    WORKER_LOST = "The VM's worker went away or did not answer in time."
+    WORKER_LOST = "The VM's worker went away or did not answer in time, or is being started."
     WORKER_FAILED = "A worker did not start, or did what the protocol forbids."
     # the host
     KVM_UNAVAILABLE = "/dev/kvm is missing or not for the worker's user."
@@ -57,7 +57,7 @@ class Reason(enum.Enum):
     # limits
     TOO_MANY_VMS = "The host has as many VMs as the daemon allows."
     TOO_MANY_STREAMS = "As many streams run as the daemon allows."
-    TOO_MANY_CALLS = "As many short calls run as the daemon allows, or ListVms or GetHost has its share of them."
+    TOO_MANY_CALLS = "As many short calls run as the daemon allows, or as many ListVms or GetHost."
     TOO_MANY_CALLS_ON_VM = "As many calls on this VM run, or wait for it, as one VM may have; those on others go on."
 
 

@@ -30,8 +30,13 @@ MAX_REQUEST_BYTES: Final = 64 * 1024
 MAX_VMS: Final = 1_024
 """Most VMs on a host; each is a process of some 10 MiB."""
 
-MAX_CALLS: Final = 256
-"""Most calls at once, those that wait for a thread included; grpcio refuses one more by itself."""
+MAX_CALLS: Final = 2_048
+"""Most calls of all kinds at once, with those that are being refused; grpcio refuses one more by itself, and gives no
+reason. More than all kinds may have together, so that none is refused for another's sake."""
+
+MAX_WAITING: Final = 128
+"""Most calls of a kind that wait for a thread; one more is refused. Streams of keys are a kind, short calls, health
+checks, and watches with reflection."""
 
 MAX_KEY_STREAMS: Final = 32
 """Most GetSkeys, SetSkeys, DigestSkeys and SummarizeSkeys at once; one more is refused. A VM gets another only while it
@@ -39,7 +44,7 @@ has fewer than are free: alone at most half of them."""
 
 MAX_SHORT_CALLS: Final = 48
 """Most calls at once that are neither streams nor health checks; one more is refused. A VM gets another only while it
-has fewer than are free: alone at most half of them. So do ListVms and GetHost, each as if it were one."""
+has fewer than are free: alone at most half of them. So does GetHost, as if it were one."""
 
 IDLE_SESSIONS: Final = 64
 """Most connections to workers that are kept for the next short call."""
@@ -56,6 +61,12 @@ MAX_WATCHES: Final = 16
 SPARE_THREADS: Final = 8
 """A running call holds a thread. Streams of keys, watches, health checks and all the rest have threads of their own, so
 that no kind keeps another waiting; these are what a kind has beyond its limit, to refuse calls with."""
+
+CHECK_THREADS: Final = 32
+"""Threads for health checks, which take no time; but one whose request doesn't come holds a thread until it is cut."""
+
+MAX_LISTS: Final = 4
+"""Most ListVms at once; one more is refused. Each asks up to 32 workers at a time, and each of those holds a thread."""
 
 CALL_THREADS: Final = MAX_SHORT_CALLS + SPARE_THREADS
 """Threads for all calls that are neither streams nor health checks."""

@@ -28,6 +28,7 @@ from skeyd.rpc.calls import CallInterceptor
 from skeyd.rpc.health import SERVICE as HEALTH
 from skeyd.rpc.health import Health
 from skeyd.rpc.host_service import HostService
+from skeyd.rpc.lanes import Lane
 from skeyd.rpc.messages import PARSERS
 from skeyd.rpc.reflection import VERSIONS, Reflection, service_name
 from skeyd.rpc.slots import CallSlots
@@ -99,19 +100,24 @@ class Daemon:
         self._keys = StorageKeyService(self._registry, streams, short_calls)
         self._vms = VmService(self._registry, settings.memory_dir, short_calls)
         self._host = HostService(self._registry, short_calls)
-        self._pools = {
+        refusals = ThreadPoolExecutor(limits.SPARE_THREADS, "refusal")
+
+        def lane(name: str, threads: int, reason: Reason) -> Lane:
+            return Lane(name, threads, limits.MAX_WAITING, reason, refusals)
+
+        keys = lane("keys", limits.MAX_KEY_STREAMS + limits.SPARE_THREADS, Reason.TOO_MANY_STREAMS)
+        watch = lane("watch", limits.MAX_WATCHES + limits.SPARE_THREADS, Reason.TOO_MANY_STREAMS)
+        self._lanes = {
             **dict.fromkeys(
-                [f"/{names[1]}/{name}" for name in ("GetSkeys", "SetSkeys", "DigestSkeys", "SummarizeSkeys")],
-                ThreadPoolExecutor(limits.MAX_KEY_STREAMS + limits.SPARE_THREADS, "keys"),
+                [f"/{names[1]}/{name}" for name in ("GetSkeys", "SetSkeys", "DigestSkeys", "SummarizeSkeys")], keys
             ),
-            f"/{HEALTH}/Check": ThreadPoolExecutor(limits.SPARE_THREADS, "health"),
-            f"/{HEALTH}/Watch": ThreadPoolExecutor(limits.MAX_WATCHES + limits.SPARE_THREADS, "watch"),
+            f"/{HEALTH}/Check": lane("health", limits.CHECK_THREADS, Reason.TOO_MANY_CALLS),
+            f"/{HEALTH}/Watch": watch,
+            **{f"/{service_name(version)}/": watch for version in VERSIONS},
         }
-        for version in VERSIONS:
-            self._pools[f"/{service_name(version)}/"] = self._pools[f"/{HEALTH}/Watch"]
+        self._others = lane("call", limits.CALL_THREADS, Reason.TOO_MANY_CALLS)
         parsers = {f"/{names[1]}/{name}": parser for name, parser in PARSERS.items()}
-        self._others = ThreadPoolExecutor(limits.CALL_THREADS, "call")
-        self._interceptor = CallInterceptor(log, self._pool_of, parsers)
+        self._interceptor = CallInterceptor(log, self._lane_of, parsers)
         self._servers: list[grpc.Server] = []
         self.addresses: list[str] = []
         """Where it listens, as gRPC targets."""
@@ -160,8 +166,8 @@ class Daemon:
             ended.wait(grace + 2)
         self._registry.close()
 
-    def _pool_of(self, method: str) -> ThreadPoolExecutor:
-        return next((pool for prefix, pool in self._pools.items() if method.startswith(prefix)), self._others)
+    def _lane_of(self, method: str) -> Lane:
+        return next((lane for prefix, lane in self._lanes.items() if method.startswith(prefix)), self._others)
 
     def _server(self) -> grpc.Server:
         server = grpc.server(

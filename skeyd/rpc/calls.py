@@ -19,6 +19,7 @@ import structlog
 from skeyd import limits
 from skeyd.errors import Reason, SkeydError, exhausted
 from skeyd.rpc import status
+from skeyd.rpc.lanes import require_admitted
 from skeyd.rpc.messages import bounded
 from skeyd.rpc.patience import Patience
 
@@ -93,6 +94,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         def behaviour(messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
             call = _Call(self._log, method, context, self._patience)
             try:
+                require_admitted()
                 request = call.request(messages, handler, self._parsers.get(method))
                 response: bytes = call.written(call.run(inner, request, context), handler)
             except BaseException as error:
@@ -109,6 +111,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         def behaviour(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
             call = _Call(self._log, method, context, self._patience)
             try:
+                require_admitted()
                 request = call.request(messages, handler, self._parsers.get(method))
                 responses = call.run(inner, request, context)
                 try:

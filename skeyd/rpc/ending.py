@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol, TypeVar
 
 from skeyd.errors import SkeydError
 from skeyd.rpc.calls import Cancelled
-from skeyd.vms.hang_up import HangUp
+from skeyd.vms.hang_up import HangUp, HangUps
+
+_Told = TypeVar("_Told", HangUp, HangUps)
 
 
 class Call(Protocol):
@@ -23,13 +25,21 @@ class Call(Protocol):
         ...
 
 
-@contextmanager
-def hanging_up(call: Call) -> Iterator[HangUp]:
+def hanging_up(call: Call) -> AbstractContextManager[HangUp]:
     """Give what hangs up when the call ends, to open a session with: what then waits for a worker ends with Cancelled.
 
     Entered before the front connects, so that a worker that never says hello keeps no call that has ended.
     """
-    hang_up = HangUp()
+    return _told(call, HangUp())
+
+
+def all_hanging_up(call: Call) -> AbstractContextManager[HangUps]:
+    """As `hanging_up`, for several sessions at once."""
+    return _told(call, HangUps())
+
+
+@contextmanager
+def _told(call: Call, hang_up: _Told) -> Iterator[_Told]:
     if not call.add_callback(hang_up.now):
         raise Cancelled
     try:

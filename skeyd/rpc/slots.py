@@ -14,7 +14,8 @@ class CallSlots:
     """So many calls and no more: one more is refused at once, it doesn't wait. `reason` says that none is free.
 
     A sharer, as a VM, gets another only while it has fewer than are free (Choudhury and Hahne's dynamic threshold, at
-    1): alone at most half of all, beside another one a third, and so on. Something is left for whoever has none yet.
+    1): alone at most half of all, and each that comes then half of what is free. Something is left for whoever has none
+    yet, until the last: of 48 slots six that want all leave nothing.
 
     Synchronization: any thread.
     """

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import grpc
 
+from skeyd import limits
 from skeyd.errors import Reason
 from skeyd.rpc import convert
 from skeyd.rpc.calls import note
-from skeyd.rpc.ending import hanging_up
+from skeyd.rpc.ending import all_hanging_up, hanging_up, require_active
 from skeyd.rpc.slots import CallSlots
 from skeyd.v1 import vm_service_pb2, vm_service_pb2_grpc
 from skeyd.vms.registry import Registry
@@ -21,6 +22,7 @@ class VmService(vm_service_pb2_grpc.VmServiceServicer):
     def __init__(self, registry: Registry, memory_dir: Path | None, short_calls: CallSlots) -> None:
         self._registry = registry
         self._short_calls = short_calls
+        self._lists = CallSlots(limits.MAX_LISTS, "ListVms", Reason.TOO_MANY_CALLS)
         self._memory_dir = memory_dir
 
     def CreateVm(
@@ -48,8 +50,9 @@ class VmService(vm_service_pb2_grpc.VmServiceServicer):
     ) -> vm_service_pb2.ListVmsResponse:
         """As the contract says."""
         # It waits for all VMs, and so for the slowest.
-        with self._short_calls.taken("ListVms", Reason.TOO_MANY_CALLS):
-            vms = self._registry.list_all()
+        with self._short_calls.taken(), self._lists.taken(), all_hanging_up(context) as hang_ups:
+            vms = self._registry.list_all(hang_ups)
+            require_active(context)
         note(vms=len(vms))
         return vm_service_pb2.ListVmsResponse(vms=[convert.vm_message(vm) for vm in vms])
 

@@ -41,3 +41,31 @@ class HangUp:
         if self._connection is not None:
             with suppress(OSError):  # the worker was faster
                 self._connection.shutdown(socket.SHUT_RDWR)
+
+
+class HangUps:
+    """One for several connections at once. Synchronization: any thread; `now` waits for nothing."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._all: list[HangUp] = []
+        self.was_told = False
+        """`now` was called."""
+
+    def one_more(self) -> HangUp:
+        """Make one for another connection."""
+        made = HangUp()
+        with self._lock:
+            self._all.append(made)
+            told = self.was_told
+        if told:
+            made.now()
+        return made
+
+    def now(self) -> None:
+        """As HangUp.now, of all."""
+        with self._lock:
+            self.was_told = True
+            told = list(self._all)
+        for one in told:
+            one.now()

@@ -22,7 +22,7 @@ from skeyd.limits import (
     WORKER_HELLO_SECONDS,
     WORKER_START_SECONDS,
 )
-from skeyd.vms.hang_up import HangUp
+from skeyd.vms.hang_up import HangUp, HangUps
 from skeyd.vms.idle import IdleSessions
 from skeyd.vms.runtime import RuntimeDirectory, VmDirectory
 from skeyd.vms.session import Session
@@ -82,14 +82,19 @@ class Registry:
         with self._runtime.open_vm(vm_id) as directory:
             return self._look(directory, hang_up)
 
-    def list_all(self) -> list[Vm]:
-        """Look at all VMs, in order of id. One that doesn't answer costs WORKER_HELLO_SECONDS, not that each."""
+    def list_all(self, hang_ups: HangUps | None = None) -> list[Vm]:
+        """Look at all VMs, in order of id. Where it was hung up, what is said of them is worth nothing.
+
+        Those that don't answer cost WORKER_HELLO_SECONDS for every 32 of them, not for each.
+        """
         self._starter.reap()
+        hang_ups = hang_ups or HangUps()
         ids = self._runtime.vm_ids()
         if not ids:
             return []
         with ThreadPoolExecutor(min(_ASKED_AT_ONCE, len(ids)), "list-vms") as pool:
-            return [vm for vm in pool.map(self._get_if_there, ids) if vm is not None]
+            looks = pool.map(lambda vm_id: self._get_if_there(vm_id, hang_ups), ids)
+            return [vm for vm in looks if vm is not None]
 
     def count(self) -> int:
         """How many VMs there are, without a look at any."""
@@ -230,9 +235,9 @@ class Registry:
             with self._lock:
                 self._busy.remove(vm_id)
 
-    def _get_if_there(self, vm_id: str) -> Vm | None:
+    def _get_if_there(self, vm_id: str, hang_ups: HangUps) -> Vm | None:
         try:
-            return self.get(vm_id)
+            return self.get(vm_id, hang_ups.one_more())
         except SkeydError as error:
             if error.reason is Reason.VM_NOT_FOUND:
                 return None

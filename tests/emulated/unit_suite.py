@@ -34,7 +34,11 @@ NOT_THERE: Final = {
     "tests/test_makefile.py": "make is no part of the image",
     "tests/rpc/test_messages.py::test_the_most_ranges_of_all_are_read": "16,384 ioctls and chunks: over a minute there",
     **dict.fromkeys(
-        ("tests/rpc/test_shares.py", "tests/rpc/test_bulk.py::test_calls_that_never_send_their_request"),
+        (
+            "tests/rpc/test_shares.py",
+            "tests/rpc/test_bulk.py::test_calls_that_never_send_their_request",
+            "tests/rpc/test_stream_limit.py::test_more_calls",
+        ),
         "they tell what takes no time from what takes 5 s, beside dozens of calls; there that may take as long",
     ),
     **dict.fromkeys(

@@ -27,7 +27,7 @@ def fill(held: ExitStack, some: CallSlots, sharer: str) -> tuple[int, SkeydError
     raise AssertionError("there is no bound")
 
 
-def test_one_vm_gets_half_and_each_that_comes_later_less_and_something_is_always_left() -> None:
+def test_one_vm_gets_half_and_each_that_comes_later_half_of_the_rest_until_nothing_is_left() -> None:
     some = slots(64)
     with ExitStack() as held:
         got, refused = fill(held, some, "vms/a")
@@ -93,6 +93,12 @@ def test_refusals_say_when_to_come_again(reason: Reason) -> None:
     assert RETRY_SECONDS[reason] == 1
 
 
+def test_six_vms_that_want_all_short_calls_leave_none_as_the_page_on_design_says() -> None:
+    some = slots(limits.MAX_SHORT_CALLS)
+    with ExitStack() as held:
+        assert [fill(held, some, f"vms/{name}")[0] for name in "abcdefg"] == [24, 12, 6, 3, 2, 1, 0]
+
+
 def test_a_worker_has_connections_for_all_that_one_vm_may_have() -> None:
     streams, short = limits.MAX_KEY_STREAMS // 2, limits.MAX_SHORT_CALLS // 2
-    assert streams + 2 * short + limits.IDLE_SESSIONS_A_VM < MAX_CONNECTIONS, "short calls of the VM, and of ListVms"
+    assert streams + short + limits.MAX_LISTS + limits.IDLE_SESSIONS_A_VM < MAX_CONNECTIONS

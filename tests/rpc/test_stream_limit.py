@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -9,7 +10,7 @@ from contextlib import ExitStack
 import grpc
 import pytest
 
-from skeyd.limits import CALL_THREADS, DEFAULT_CHUNK_KEYS, MAX_KEY_STREAMS, SPARE_THREADS
+from skeyd.limits import CALL_THREADS, DEFAULT_CHUNK_KEYS, MAX_KEY_STREAMS, MAX_WAITING, REQUEST_SECONDS, SPARE_THREADS
 from skeyd.v1 import storage_key_service_pb2 as pb
 from tests.daemon import DaemonProcess
 from tests.rpc.standard_services import SERVING, check
@@ -93,6 +94,54 @@ def test_calls_that_never_send_their_request_keep_nobody_waiting_for_long(daemon
             assert stubs.names() == []  # waits for some of them to be cut off
             line = daemon.wait_for_line("rpc", method=f"/skeyd.v1.{method}", code="CANCELLED")
             assert line["stalled"]
+        finally:
+            sent.set()
+            for call in calls:
+                call.cancel()
+
+
+@pytest.mark.parametrize("method", ["StorageKeyService/GetSkeys", "StorageKeyService/GetSkey"])
+def test_more_calls_without_a_request_than_a_kind_may_have_are_refused_and_keep_no_other_kind_out(
+    daemon: DaemonProcess, method: str
+) -> None:
+    streams = method.endswith("s")
+    most = MAX_WAITING + (MAX_KEY_STREAMS + SPARE_THREADS if streams else CALL_THREADS)
+    more = 150
+    with Stubs(daemon.target) as stubs, Stubs(daemon.target) as another:
+        vm = another.create("guest", (0, 1)).name
+        another.set(vm, [(0, b"\x10")])
+        never: grpc.StreamStreamMultiCallable[bytes, bytes] = stubs.channel.stream_stream(f"/skeyd.v1.{method}")
+        sent = threading.Event()
+
+        def requests() -> Iterator[bytes]:
+            sent.wait()
+            yield from ()
+
+        done: queue.SimpleQueue[grpc.RpcError] = queue.SimpleQueue()
+        calls = [never(requests()) for _ in range(most + more)]
+        try:
+            for call in calls:
+                call.add_done_callback(done.put)  # type: ignore[attr-defined]
+            # On a busy machine the first of them are cut off before the last is made.
+            while (error := done.get(timeout=QUICKLY)).code() is grpc.StatusCode.CANCELLED:
+                pass
+            for _ in range(more // 4):
+                found = refusal(error)
+                assert found.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+                assert found.reason == ("TOO_MANY_STREAMS" if streams else "TOO_MANY_CALLS")
+                assert str(most) in found.message
+                assert found.retry_seconds == 1
+                error = done.get(timeout=QUICKLY)
+                if error.code() is grpc.StatusCode.CANCELLED:
+                    break
+            # In less time than passes until the first of them are cut off.
+            assert check(another.channel, seconds=REQUEST_SECONDS - 1) == SERVING
+            if streams:
+                key = another.keys.GetSkey(pb.GetSkeyRequest(vm=vm), timeout=REQUEST_SECONDS - 1).key
+                assert key == 0x10
+            else:
+                parts = another.keys.GetSkeys(pb.GetSkeysRequest(vm=vm), timeout=REQUEST_SECONDS - 1)
+                assert [one.WhichOneof("part") for one in parts] == ["header", "chunk", "trailer"]
         finally:
             sent.set()
             for call in calls:
