@@ -122,6 +122,13 @@ SAFETIES: Final = (
         "worker/test_repeated_calls.py::test_a_request_id_stands_for_one_request",
     ),
     Safety(
+        "a call that was kept goes on only where nobody else has set a key since",
+        "worker/service.py",
+        "            self._transactions.forget_kept()\n            written = self._keys.write(",
+        "            written = self._keys.write(",
+        "rpc/test_set_again.py::test_there_is_nothing_to_go_on_with_once_somebody_else_has_set_keys",
+    ),
+    Safety(
         "what is committed is what the front wanted set",
         "worker/transactions.py",
         "(done.keys_set, done.crc32) != (keys_set, crc32)",
