@@ -534,6 +534,15 @@ def test_a_session_that_is_hung_up_wakes_who_waits_for_the_worker(runtime_dir: P
         hang_up.now()
 
 
+def test_nobody_waits_for_a_hello_for_a_call_that_has_ended(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "WORKER_HELLO_SECONDS", 0.05)  # it would be a TimeoutError
+    hang_up = HangUp()
+    hang_up.now()
+    with FakeWorker(runtime_dir, says()), _directory(runtime_dir) as fd, pytest.raises(ConnectionResetError):
+        Session.connect(fd, hang_up)
+    assert hang_up._connection is None, "what is closed is let go of"
+
+
 def test_a_hang_up_after_the_worker_is_gone_is_no_error(runtime_dir: Path) -> None:
     with FakeWorker(runtime_dir, lambda caller: caller.say(hello())) as worker, _session(runtime_dir) as session:
         hang_up = HangUp()
