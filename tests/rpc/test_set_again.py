@@ -10,6 +10,7 @@ import pytest
 
 from skeyd.v1 import storage_key_service_pb2 as pb
 from skeyd.v1 import vm_pb2
+from tests.rpc.fixtures import NewVm
 from tests.rpc.setting import APPLIED, BAD_CHUNKS, BEFORE, GOOD, INVALID, BadChunk, assert_told
 from tests.rpc.stubs import (
     KEEP,
@@ -195,7 +196,18 @@ def test_a_call_that_had_set_all_keys_goes_on_with_its_commit(stubs: Stubs, vm: 
     assert (last.outcome, last.keys_set, last.request_id) == (APPLIED, 8, fields["request_id"])
 
 
-def test_there_is_nothing_to_go_on_with_once_somebody_else_has_set_keys(stubs: Stubs, vm: str) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "call"),
+    [
+        pytest.param(vm_pb2.SIMULATED_KERNEL_LINUX_4_19, pb.KEY_CALL_SKEYS, id="4.19"),
+        pytest.param(vm_pb2.SIMULATED_KERNEL_LINUX_7_2, pb.KEY_CALL_KEYOP, id="7.2"),
+    ],
+)
+def test_there_is_nothing_to_go_on_with_once_somebody_else_has_set_keys(
+    stubs: Stubs, new_vm: NewVm, kernel: vm_pb2.SimulatedKernel.ValueType, call: pb.KeyCall.ValueType
+) -> None:
+    vm = new_vm((1, 2), (5, 1), kernel=kernel)
+    stubs.set(vm, [(0x100, BEFORE[:0x200]), (0x500, BEFORE[0x200:])])
     fields: dict[str, Any] = {"on_interrupt": KEEP, "request_id": f"resumed-{new_id()}"}
 
     def assert_nothing() -> None:
@@ -213,7 +225,7 @@ def test_there_is_nothing_to_go_on_with_once_somebody_else_has_set_keys(stubs: S
     _, error = stubs.send(header(vm, (0x100, 17), resume=True, **fields))
     assert error is not None
     assert error.reason == "REQUEST_ID_REUSED"
-    stubs.keys.SetSkey(pb.SetSkeyRequest(vm=vm, gfn=0x500, key=0x10), timeout=SECONDS)
+    assert stubs.keys.SetSkey(pb.SetSkeyRequest(vm=vm, gfn=0x500, key=0x10), timeout=SECONDS).call == call
     assert_nothing()
     cut()
     stubs.send(header(vm, (0x500, 8)), chunk(0x500, GOOD))  # rolled back, and all the same

@@ -18,6 +18,7 @@ import pytest
 
 from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange
+from skeyd.limits import WORKER_ANSWER_SECONDS, WORKER_HELLO_SECONDS
 from skeyd.vms import registry as registry_module
 from skeyd.vms import session as session_module
 from skeyd.vms.hang_up import HangUp
@@ -582,6 +583,22 @@ def test_what_is_ended_is_the_vm_that_was_looked_at(registry: Registry, forged: 
     assert asked == [{"op": "shutdown", "uid": UID}]
 
 
+def test_a_deletion_whose_call_ends_once_the_worker_has_said_who_it_is_ends_well(
+    registry: Registry, web: Vm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hang_up = HangUp()
+    shut_down = Session.shut_down
+
+    def end_call_and_shut_down(session: Session) -> None:
+        hang_up.now()
+        shut_down(session)
+
+    monkeypatch.setattr(Session, "shut_down", end_call_and_shut_down)
+    registry.delete("web", hang_up)
+    assert hang_up.was_told
+    _refused(Reason.VM_NOT_FOUND, lambda: registry.get("web"))
+
+
 # --- one at a time -------------------------------------------------------------------------------------------------
 
 
@@ -733,6 +750,14 @@ def test_a_short_call_has_the_connection_of_the_one_before(registry: Registry, w
         assert session is not first, "a stream has one of its own"
 
 
+def test_a_short_call_waits_no_longer_for_an_answer_than_for_a_hello(registry: Registry, web: Vm) -> None:
+    for _ in ("made", "kept"):
+        with registry.session("web", brief=True) as session:
+            assert session._channel.connection.gettimeout() == WORKER_HELLO_SECONDS
+    with registry.session("web") as session:
+        assert session._channel.connection.gettimeout() == WORKER_ANSWER_SECONDS
+
+
 @pytest.mark.parametrize("error", [SkeydError(Reason.VM_BUSY, "busy"), KeyboardInterrupt()])
 def test_the_connection_of_a_call_that_failed_is_not_kept(registry: Registry, web: Vm, error: BaseException) -> None:
     first = _brief(registry)
@@ -809,6 +834,66 @@ def test_a_vm_that_is_deleted_and_a_registry_that_is_closed_keep_no_connection_o
     assert _open_fds() == before
     _brief(registry)
     assert _open_fds() == before
+
+
+def test_a_connection_that_comes_back_while_its_vm_is_deleted_is_not_kept(
+    registry: Registry, web: Vm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = _open_fds()
+    short_call = ExitStack()
+    short_call.enter_context(registry.session("web", brief=True))
+    shut_down = Session.shut_down
+
+    def end_short_call_and_shut_down(session: Session) -> None:
+        short_call.close()  # the worker is still there, and the connection good
+        shut_down(session)
+
+    monkeypatch.setattr(Session, "shut_down", end_short_call_and_shut_down)
+    registry.delete("web")
+    assert _open_fds() == before
+
+
+def test_no_short_call_has_a_kept_connection_to_a_vm_that_is_being_deleted(
+    registry: Registry, web: Vm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _brief(registry)
+    drop = registry._idle.drop
+    refused: list[SkeydError] = []
+
+    def ask_and_drop(vm_id: str) -> None:
+        monkeypatch.setattr(registry._idle, "drop", drop)
+        refused.append(_refused(Reason.VM_DEAD, lambda: _brief(registry)))
+        drop(vm_id)
+
+    monkeypatch.setattr(registry._idle, "drop", ask_and_drop)
+    registry.delete("web")
+    assert ["it is being deleted" in one.message for one in refused] == [True]
+
+
+def test_a_look_at_a_vm_that_died_closes_what_was_kept_of_it(registry: Registry, web: Vm) -> None:
+    before = _open_fds()
+    _brief(registry)
+    assert _open_fds() == before + 1
+    _kill(web)
+    assert registry.get("web").state is VmState.DEAD
+    assert _open_fds() == before
+
+
+def test_a_worker_that_gave_no_answer_on_one_kept_connection_has_none_left(
+    registry: Registry, web: Vm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = _open_fds()
+    with registry.session("web", brief=True):
+        _brief(registry)
+    assert _open_fds() == before + 2
+    _impatient(monkeypatch)
+    monkeypatch.setattr(registry_module, "PROVEN_SECONDS", -1.0)  # each is asked first
+    _stop(web)
+    try:
+        _refused(Reason.VM_QUARANTINED, lambda: _brief(registry))
+        assert _open_fds() == before
+    finally:
+        os.kill(web.worker_pid, signal.SIGCONT)
 
 
 def test_a_call_that_ends_later_takes_the_connection_from_nobody(registry: Registry, web: Vm) -> None:

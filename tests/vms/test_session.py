@@ -18,7 +18,7 @@ import pytest
 
 from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange
-from skeyd.limits import WORKER_ANSWER_SECONDS
+from skeyd.limits import WORKER_ANSWER_SECONDS, WORKER_HELLO_SECONDS
 from skeyd.linux import Peer
 from skeyd.vms import session as session_module
 from skeyd.vms.hang_up import HangUp
@@ -383,14 +383,42 @@ def test_a_worker_that_never_answers_was_lost(
     assert refusal.metadata.get("uncertain") == UNCERTAIN.get(op)
 
 
+@pytest.mark.parametrize("brief", [False, True], ids=["a-slice", "a-brief-question"])
 @pytest.mark.parametrize("answer", [{"ok": {"uses_keys": True}}, {"error": {"reason": "OUT_OF_MEMORY"}}])
-def test_a_worker_has_its_time_for_a_slice_whatever_it_said_before(runtime_dir: Path, answer: dict[str, Any]) -> None:
+def test_a_worker_has_its_time_for_what_is_asked_next_whatever_it_said_before(
+    runtime_dir: Path, answer: dict[str, Any], brief: bool
+) -> None:
     if "error" in answer:
         answer["error"].update(message="no", metadata={})
     with FakeWorker(runtime_dir, answers([("status", answer)])), _session(runtime_dir) as session:
+        if brief:
+            session.be_brief()
         with suppress(SkeydError):
             session.uses_keys()
-        assert session._channel.connection.gettimeout() == WORKER_ANSWER_SECONDS
+        seconds = WORKER_HELLO_SECONDS if brief else WORKER_ANSWER_SECONDS
+        assert session._channel.connection.gettimeout() == seconds
+
+
+def test_a_session_is_not_quiet_while_an_answer_is_awaited(runtime_dir: Path) -> None:
+    may_answer = threading.Event()
+
+    def script(caller: Caller) -> None:
+        caller.say(hello())
+        assert caller.take() == {"op": "status"}
+        assert may_answer.wait(SECONDS)
+        caller.say({"ok": {"uses_keys": True}})
+        caller.wait_for_end()
+
+    with FakeWorker(runtime_dir, script), _session(runtime_dir) as session:
+        try:
+            assert session.is_quiet()
+            session._send({"op": "status"})
+            # Nothing has come that was not taken, and it will.
+            assert not session.is_quiet()
+        finally:
+            may_answer.set()
+        assert session._take().boolean("uses_keys")
+        assert session.is_quiet()
 
 
 @pytest.mark.parametrize(
@@ -504,6 +532,15 @@ def test_a_session_that_is_hung_up_wakes_who_waits_for_the_worker(runtime_dir: P
         assert isinstance(refused, SkeydError)
         assert refused.reason is Reason.WORKER_LOST
         hang_up.now()
+
+
+def test_nobody_waits_for_a_hello_for_a_call_that_has_ended(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "WORKER_HELLO_SECONDS", 0.05)  # it would be a TimeoutError
+    hang_up = HangUp()
+    hang_up.now()
+    with FakeWorker(runtime_dir, says()), _directory(runtime_dir) as fd, pytest.raises(ConnectionResetError):
+        Session.connect(fd, hang_up)
+    assert hang_up._connection is None, "what is closed is let go of"
 
 
 def test_a_hang_up_after_the_worker_is_gone_is_no_error(runtime_dir: Path) -> None:
