@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Final
 
@@ -53,6 +56,13 @@ def test_fewer_histories_than_were_asked_for_fail_the_run(monkeypatch: pytest.Mo
     assert try_histories("7.2", 3, lambda history: None).count == 3
     with pytest.raises(AssertionError, match="only 3 histories of 4 steps and more, of 4 asked for"):
         try_histories("7.2", 4, lambda history: None)
+
+
+def test_no_run_of_ci_draws_the_histories_of_another() -> None:
+    code = "from tests.contract.histories import SETTINGS; print(SETTINGS.derandomize)"
+    environment = {**os.environ, "CI": "true"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE)
+    assert done.stdout.strip() == b"False"
 
 
 def test_the_page_says_how_many_histories_the_full_run_has() -> None:

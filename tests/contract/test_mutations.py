@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from hypothesis import settings
 
 from skeyd.worker.protocol import SIMULATED_KERNELS
+from tests.contract import histories
 from tests.contract.histories import FEWEST, History, agree, try_histories
 from tests.contract.mutations import MUTATIONS, Mutation
 from tests.contract.operations import DONE, Answer, Create, Delete, KeyOp, Operation, Set, Touch
@@ -96,6 +98,12 @@ def test_a_broken_rule_breaks_the_test_of_its_name(outcomes: dict[Mutation, Outc
 # --- random histories ----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def same_histories(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the same in every run: how short the shortest one is, and how long they are, is a matter of luck."""
+    monkeypatch.setattr(histories, "SETTINGS", settings(histories.SETTINGS, derandomize=True, database=None))
+
+
 def played(generation: str) -> Iterator[tuple[list[Operation], list[Answer]]]:
     """Play SAMPLE histories, each in a new process."""
     kernel = SimulatedKernel(generation)
@@ -113,6 +121,7 @@ def played(generation: str) -> Iterator[tuple[list[Operation], list[Answer]]]:
     return iter(done)
 
 
+@pytest.mark.usefixtures("same_histories")
 @pytest.mark.parametrize("generation", SIMULATED_KERNELS)
 def test_histories_are_long_and_most_of_their_sets_succeed_and_vms_come_and_go_in_the_middle(generation: str) -> None:
     sets = accepted = came_and_went = length = count = 0
@@ -147,6 +156,7 @@ class _Wrong:
         return answers
 
 
+@pytest.mark.usefixtures("same_histories")
 @pytest.mark.parametrize("wrong", [Set, Touch])
 def test_a_disagreement_is_told_with_the_shortest_history(wrong: type[Operation]) -> None:
     kernel = SimulatedKernel("4.19")

@@ -15,8 +15,10 @@ SECONDS: Final = 2700.0
 
 pytestmark = [pytest.mark.emulated, pytest.mark.timeout(3 * SECONDS + 600)]
 
-LEAST: Final = 2600
-"""Tests that pass, at least, in all shares: a suite that isn't collected any more would pass, too."""
+LEAST: Final = 4500
+"""Of all tests, so many pass at least: a suite that isn't collected any more would pass, too."""
+LEAST_OF_A_SHARE: Final = 1150
+"""The same of one of three shares."""
 
 ALL: Final = "SKEYD_ALL_UNIT_TESTS"
 """Set to 1: every host runs all tests. Otherwise each runs a share, so that together they run all.
@@ -49,4 +51,4 @@ def test_the_unit_suite_passes_on(suite: str, capfd: pytest.CaptureFixture[str])
     failed = [half.end for half in outcome.halves if half.status != 0]
     assert not failed, f"the unit suite failed on {suite}:\n" + "\n".join(failed)
     assert outcome.count("failed") == outcome.count("error") == 0
-    assert outcome.count("passed") >= LEAST // shares
+    assert outcome.count("passed") >= (LEAST if shares == 1 else LEAST_OF_A_SHARE * 3 // shares)
