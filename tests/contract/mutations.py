@@ -670,4 +670,69 @@ MUTATIONS: Final = (
         "            for slot in self.slots[2 * (len(self.slots) > 4) :]:\n                slot.enable()",
         "test_several_slots.py::test_up_to_6_19_enabling_gives_r_and_c_to_the_touched_segments_of_9_vms",
     ),
+    Mutation(
+        "a GET of a keyless guest wipes what KEYOP has set",
+        "            return False  # whatever count and start are\n",
+        "            for slot in self._slots:\n                slot.enable()\n            return False\n",
+        "test_keyop.py::test_a_get_of_a_keyless_guest_leaves_the_key_that_sske_gave_it",
+    ),
+    Mutation(
+        "a SET with a bad count wipes what KEYOP has set",
+        "        self._check_count(_SET, buffer)\n",
+        """        if not 1 <= buffer.nbytes <= abi.KVM_S390_SKEYS_MAX:
+            for slot in self._slots:
+                slot.enable()
+        self._check_count(_SET, buffer)
+""",
+        "test_keyop.py::test_a_set_with_a_bad_count_leaves_the_key_that_sske_gave_a_keyless_guest",
+    ),
+    Mutation(
+        "since 7.0 the host's writes change the keys of a keyless guest",
+        "        if not self._rules.host_page_tables:\n            return\n",
+        """        if not self._rules.host_page_tables:
+            if write and not self._process.uses_keys:
+                slot, frame, _, _ = parts[0]
+                slot.keys[frame] |= REFERENCED | CHANGED
+            return
+""",
+        "test_keyop.py::test_no_access_of_the_host_changes_what_iske_finds_in_a_keyless_guest",
+    ),
+    Mutation(
+        "KEYOP finds no frame from gfn 2^32 on",
+        "        parts, _ = self._parts(gfn, 1)\n        if not parts:\n            return self._keyop_in_hole",
+        """        parts, _ = self._parts(gfn & 0xFFFFFFFF, 1)
+        if not parts:
+            return self._keyop_in_hole""",
+        "test_keyop.py::test_keyop_works_far_up_on_its_frame_and_no_other",
+    ),
+    Mutation(
+        "no key is lost from gfn 2^32 on",
+        "if not slot.has_page_table[segment]:",
+        "if not slot.has_page_table[segment] and slot.frames.start < 1 << 32:",
+        "test_lost_keys.py::test_up_to_6_19_far_up_too_a_key_is_lost_where_nothing_was_touched",
+    ),
+    Mutation(
+        "enabling gives R and C to no segment from gfn 2^32 on",
+        "            slot.touched_keyless.add(segment)\n",
+        "            if gfn < 1 << 32:\n                slot.touched_keyless.add(segment)\n",
+        "test_drift.py::test_up_to_6_19_enabling_gives_r_and_c_to_a_touched_segment_far_up",
+    ),
+    Mutation(
+        "closing a VM has the process forget what was touched in the others",
+        "        self._slots = []\n",
+        """        self._slots = []
+        for slot in self._process.slots:
+            slot.touched_keyless.clear()
+""",
+        "test_keyedness.py::test_up_to_6_19_touched_segments_get_r_and_c_though_other_vms_come_and_go",
+    ),
+    Mutation(
+        "a VM made later has the process forget what was touched in the others",
+        "        self._process.slots.extend(self._slots)\n",
+        """        for slot in self._process.slots:
+            slot.touched_keyless.clear()
+        self._process.slots.extend(self._slots)
+""",
+        "test_keyedness.py::test_up_to_6_19_touched_segments_get_r_and_c_though_other_vms_come_and_go",
+    ),
 )

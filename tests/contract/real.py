@@ -73,6 +73,10 @@ class RealKernel:
         """Tell whether there is one."""
         return not self._host.run(["test", "-e", PGSTE], check=False).returncode
 
+    def run(self, program: str) -> str:
+        """Run a Python program that may import skeyd, and return what it has printed."""
+        return self._host.run(["python3", "-c", program], cwd=INSIDE).stdout.decode()
+
     def close(self) -> None:
         """End the servers, and with them all processes."""
         self._resources.close()

@@ -52,6 +52,15 @@ def test_a_set_with_a_bad_flag_count_or_pointer_enables_nothing(process: Process
 
 
 @every_real_kernel
+@pytest.mark.parametrize("pointer", ["none", "inaccessible", "short"])
+def test_a_set_in_a_hole_looks_at_its_pointer_before_it_enables_keys(process: Process, pointer: str) -> None:
+    new_vm(process, (0, 1))
+    bad, good = (Raw("set", SEGMENT, 4, b"\x10" * 4, pointer=one) for one in (pointer, "good"))
+    assert process.play(bad, Get(0, 4)) == [EFAULT, KEYLESS]
+    assert process.play(good, Get(0, 4)) == [EFAULT, Answer(keys=bytes(4))]
+
+
+@every_real_kernel
 @pytest.mark.parametrize("count", [0, MAX + 1, 1 << 63, (1 << 64) - 1])
 def test_get_looks_at_the_count_before_the_pointer(make_vm: MakeVm, subject: Subject, count: int) -> None:
     make_vm()

@@ -177,3 +177,13 @@ def test_a_long_get_sets_neither_r_nor_c_and_enables_nothing(keyless_vm: MakeVm)
     vm.store(0, b"\x30" * 64 * SEGMENT)
     for _ in range(2):
         vm.require_keys(0, b"\x30" * 64 * SEGMENT)
+
+
+@up_to_6_19
+@pytest.mark.parametrize("far", [1 << 32, 1 << 34])
+def test_up_to_6_19_enabling_gives_r_and_c_to_a_touched_segment_far_up(keyless_vm: MakeVm, far: int) -> None:
+    vm = keyless_vm((0, 1), (far // SEGMENT, 3))
+    vm.touch(far + SEGMENT + 1, write=False)
+    vm.accept(0, b"\0")
+    assert vm.keys(far, 3 * SEGMENT) == bytes(SEGMENT) + bytes([RC]) * SEGMENT + bytes(SEGMENT)
+    assert vm.keys(0, SEGMENT) == bytes(SEGMENT)

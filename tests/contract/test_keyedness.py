@@ -167,3 +167,21 @@ def test_a_set_with_a_bad_count_leaves_all_vms_of_the_process_keyless(process: P
     assert one.set(0, bytes(count)) == Answer.refused(errno.EINVAL)
     assert one.is_keyless()
     assert other.is_keyless()
+
+
+@up_to_6_19
+@pytest.mark.parametrize("closed", [True, False])
+@pytest.mark.parametrize("made", [True, False])
+def test_up_to_6_19_touched_segments_get_r_and_c_though_other_vms_come_and_go(
+    process: Process, closed: bool, made: bool
+) -> None:
+    stays, other = new_vm(process, (0, 3)), new_vm(process, (0, 3), number=1)
+    stays.touch(SEGMENT + 1, write=False)
+    other.touch(0, write=False)
+    if closed:
+        assert process.play(Delete(1)) == [DONE]
+    if made:
+        new_vm(process, (0, 3), number=2)
+    assert stays.is_keyless()
+    stays.accept(0, b"\0")
+    assert stays.keys(0, 3 * SEGMENT) == bytes(SEGMENT) + b"\x06" * SEGMENT + bytes(SEGMENT)

@@ -9,8 +9,8 @@ import pytest
 from skeyd.kvm import abi
 from tests.contract.conftest import MakeVm
 from tests.contract.kernels import over, since_7_0, up_to_6_19
-from tests.contract.operations import Answer, Capability, KeyOp
-from tests.contract.subject import MIB, SEGMENT, Process, Subject, Vm, new_vm
+from tests.contract.operations import KEYLESS, Answer, Capability, KeyOp
+from tests.contract.subject import MAX, MIB, SEGMENT, Process, Subject, Vm, new_vm
 
 ISKE, RRBE, SSKE = abi.KVM_S390_KEYOP_ISKE, abi.KVM_S390_KEYOP_RRBE, abi.KVM_S390_KEYOP_SSKE
 PAGE = 4096
@@ -160,3 +160,42 @@ def test_all_keys_that_sske_gave_a_keyless_guest_are_gone_once_keys_are_enabled(
         assert keyop(vm, SSKE, gfn * PAGE, 0x36) == gives(0)
     vm.accept(0, b"\0")
     assert vm.keys(0, 4 * SEGMENT) == bytes(4 * SEGMENT)
+
+
+@since_7_0
+def test_a_get_of_a_keyless_guest_leaves_the_key_that_sske_gave_it(process: Process) -> None:
+    vm = new_vm(process)
+    assert keyop(vm, SSKE, PAGE, 0x36) == gives(0)
+    assert vm.get(0, 4) == KEYLESS
+    assert keyop(vm, ISKE, PAGE) == gives(0x36)
+
+
+@since_7_0
+@pytest.mark.parametrize("count", [0, MAX + 1])
+def test_a_set_with_a_bad_count_leaves_the_key_that_sske_gave_a_keyless_guest(process: Process, count: int) -> None:
+    vm = new_vm(process)
+    assert keyop(vm, SSKE, PAGE, 0x36) == gives(0)
+    assert vm.set(0, bytes(count)) == EINVAL
+    assert keyop(vm, ISKE, PAGE) == gives(0x36)
+    assert vm.is_keyless()
+
+
+@since_7_0
+def test_no_access_of_the_host_changes_what_iske_finds_in_a_keyless_guest(process: Process) -> None:
+    vm = new_vm(process)
+    assert keyop(vm, SSKE, PAGE, 0x30) == gives(0)
+    for write in (True, False):
+        vm.touch(1, write=write)
+        vm.touch(2, write=write)
+        assert [keyop(vm, ISKE, gfn * PAGE) for gfn in (1, 2)] == [gives(0x30), gives(0)]
+
+
+@since_7_0
+@pytest.mark.parametrize("far", [1 << 32, 1 << 34])
+def test_keyop_works_far_up_on_its_frame_and_no_other(make_vm: MakeVm, far: int) -> None:
+    vm = make_vm((0, 1), (far // SEGMENT, 1))
+    assert keyop(vm, SSKE, (far + 2) * PAGE, 0x36) == gives(0)
+    assert [keyop(vm, ISKE, gfn * PAGE) for gfn in (2, far, far + 2)] == [gives(0), gives(0), gives(0x36)]
+    assert keyop(vm, RRBE, (far + 2) * PAGE) == gives(0x06)
+    assert vm.keys(far, SEGMENT) == b"\0\0\x32" + bytes(SEGMENT - 3)
+    assert vm.keys(0, SEGMENT) == bytes(SEGMENT)

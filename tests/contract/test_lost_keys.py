@@ -180,3 +180,17 @@ def test_up_to_6_19_of_64_segments_those_that_were_touched_lose_none(make_vm: Ma
     vm.accept(0, b"\x30" * 64 * SEGMENT)
     first = b"".join(b"\x30" if segment in touched else b"\0" for segment in range(64))
     vm.require_keys(0, b"".join(bytes([key]) + b"\x30" * (SEGMENT - 1) for key in first))
+
+
+@up_to_6_19
+@pytest.mark.parametrize("far", [1 << 32, 1 << 34])
+def test_up_to_6_19_far_up_too_a_key_is_lost_where_nothing_was_touched(make_vm: MakeVm, far: int) -> None:
+    vm = make_vm((0, 1), (far // SEGMENT, 3))
+    vm.touch(far + SEGMENT + 9, write=False)
+    keys = b"\x30" * 3 * SEGMENT
+    vm.accept(far, keys)
+    losing = b"\0" + b"\x30" * (SEGMENT - 1)
+    vm.require_keys(far, losing + b"\x30" * SEGMENT + losing)
+    vm.accept(far, keys)
+    vm.require_keys(far, keys)
+    assert vm.keys(0, SEGMENT) == bytes(SEGMENT)
