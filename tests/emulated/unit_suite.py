@@ -66,6 +66,7 @@ NOT_THERE: Final = {
             "tests/faults/test_connection.py",
             "tests/faults/test_front.py",
             "tests/faults/test_full_disk.py",
+            "tests/faults/test_single_keys.py",
             *(
                 f"tests/faults/test_client.py::test_{name}"
                 for name in ("a_client_that_is_killed", "a_stream_that_ends_without_commit")

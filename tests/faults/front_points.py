@@ -1,7 +1,7 @@
 """The points of a front, each `.before` and `.after`, and what these tests make small in it.
 
-session.begin session.write_slice session.commit session.abandon session.status    requests to a worker
-answer.begun answer.progress answer.result                                         messages to the client
+session.begin session.write_slice session.commit session.abandon session.status session.keyop     requests to a worker
+answer.begun answer.progress answer.result                                                       messages to the client
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def run(runtime_dir: str, ready_fd: int) -> None:
     # Slices as small as the first one for ever: a pace that follows the clock would make another case of each run.
     pacing.FIRST_KEYS = SLICE_KEYS  # type: ignore[misc]
     pacing.Pace.took = _took  # type: ignore[method-assign, assignment]
-    for name in ("begin", "write_slice", "commit", "abandon", "status"):
+    for name in ("begin", "write_slice", "commit", "abandon", "status", "keyop"):
         _wrap(Session, name, functools.partial(_around, trigger, f"session.{name}"))
     _wrap(Session, "connect", functools.partial(_patiently, Path(runtime_dir, PATIENCE)))
     _wrap(storage_key_service, "set_skeys", functools.partial(_answers, trigger))

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from typing import Any, Final
 
+from skeyd.kvm import abi
 from skeyd.kvm.errors import KvmError
 from skeyd.worker import journal
 from skeyd.worker.channel import Channel
@@ -22,6 +23,13 @@ from tests.faults.trigger import Trigger
 
 JOURNAL_MEMORY_BYTES: Final = 70
 """So that a journal's first slices lie in memory and the others in its file."""
+
+
+_KEYOPS: Final = {
+    abi.KVM_S390_KEYOP_ISKE: "iske",
+    abi.KVM_S390_KEYOP_SSKE: "sske",
+    abi.KVM_S390_KEYOP_RRBE: "rrbe",
+}
 
 
 class Points:
@@ -57,6 +65,7 @@ def install(directory_fd: int) -> None:
     for backend in (SimulatedVm, OwnedVm):
         _wrap(backend, "get_skeys", functools.partial(_around_get, points))
         _wrap(backend, "set_skeys", functools.partial(_around_set, points))
+        _wrap(backend, "keyop", functools.partial(_around_keyop, points))
     _wrap(Transactions, "set", functools.partial(_in_phase, points, "set"))
     _wrap(Transactions, "step", functools.partial(_in_phase, points, "rollback"))
     _wrap(Keys, "write_checked", functools.partial(_verifying, points))
@@ -139,6 +148,20 @@ def _around_set(points: Points, original: Callable[..., Any], backend: Any, star
         _refuse("KVM_S390_SET_SKEYS", f"errno:{action.removeprefix('half:')}")
     original(backend, start, buffer)
     _refuse("KVM_S390_SET_SKEYS", points.trigger.at(f"{name}.after"))
+
+
+def _around_keyop(
+    points: Points, original: Callable[..., int], backend: Any, operation: int, gfn: int, key: int = 0
+) -> int:
+    name = f"keyop.{_KEYOPS[operation]}"
+    points.trigger.note(f"{_KEYOPS[operation]} {gfn} 1")
+    action = points.trigger.at(f"{name}.before")
+    _refuse("KVM_S390_KEYOP", action)
+    if action == "lose":
+        return original(backend, abi.KVM_S390_KEYOP_ISKE, gfn)
+    found = original(backend, operation, gfn, key)
+    _refuse("KVM_S390_KEYOP", points.trigger.at(f"{name}.after"))
+    return found
 
 
 def _around_write(points: Points, original: Callable[..., int], fd: int, data: Any, at: int) -> int:

@@ -6,7 +6,8 @@ Functions of skeyd are wrapped; what is wrapped is the product, unchanged. The p
     rollback.pop rollback.read rollback.get rollback.set rollback.read_back rollback.repair rollback.read_again
     begin commit abandon step                                                     of Transactions
     answer.OP (answer.hello, answer.set, ...)                                     the packet with the answer
-    other.get other.set                                                           ioctls of other requests
+    other.get other.set other.read_back                                           ioctls of other requests, as a SetSkey
+    keyop.iske keyop.sske keyop.rrbe                                              KVM_S390_KEYOP
 """
 
 import os
