@@ -28,7 +28,6 @@ def main() -> None:
     if options.streams is not None:
         # All streams are of one VM, which alone has half of them.
         setattr(limits, "MAX_KEY_STREAMS", 2 * options.streams)  # noqa: B010
-        setattr(limits, "MAX_CALLS", max(limits.MAX_CALLS, 4 * options.streams))  # noqa: B010
     from skeyd import server
     from skeyd.vms import starter
 

@@ -110,7 +110,7 @@ def side_by_side(processes: Processes, report: Report) -> None:
                     client.do("set", vm=VM, file=path)
                     idle = memory_of(daemon.pid).resident
                     client.do(how, n=streams, vm=VM, chunk=CHUNK)
-                    time.sleep(2)
+                    time.sleep(2)  # of streaming: what it takes at most counts
                     told = client.do("stop")
                 more = (memory_of(daemon.pid).most - idle) / KIB
             report.results[f"{streams} {how}"] = {"more_mib": more, "chunks_a_stream": more / streams, **told}

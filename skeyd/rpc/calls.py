@@ -211,18 +211,18 @@ class _Call:
 
     def _parsed(self, messages: Iterator[bytes], parser: Callable[[bytes], Any]) -> Iterator[Any]:
         # The first message comes with the call itself, or its sender is up to something.
-        seconds = limits.REQUEST_SECONDS
+        came = False
         while True:
-            with self.patient(seconds):
+            with self.patient(limits.IDLE_SECONDS if came else limits.REQUEST_SECONDS):
                 message = next(messages, None)
             if message is None:
                 if "stalled" in self._notes:
                     # grpc may tell of the messages' end before it tells of the cancellation that was its cause.
                     raise _GivenUp
-                if seconds != limits.IDLE_SECONDS:
+                if not came:
                     self._require_client()
                 return
-            seconds = limits.IDLE_SECONDS
+            came = True
             try:
                 request = parser(message)
             except SkeydError:

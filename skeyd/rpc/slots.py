@@ -29,7 +29,7 @@ class CallSlots:
         self._reason = reason
 
     @contextmanager
-    def taken(self, sharer: str = "", refusal: Reason | None = Reason.TOO_MANY_CALLS_ON_VM) -> Iterator[None]:
+    def taken(self, sharer: str = "", refusal: Reason = Reason.TOO_MANY_CALLS_ON_VM) -> Iterator[None]:
         """Hold a slot. SkeydError: the reason given above, or `refusal` where the sharer has its share.
 
         `sharer`: a VM's name, or what else may not have all; empty: there is no share.
@@ -41,7 +41,7 @@ class CallSlots:
                 )
             held = self._held[sharer]
             if sharer and held >= self._free:
-                raise self._over_share(sharer, held, refusal or self._reason)
+                raise self._over_share(sharer, held, refusal)
             self._free -= 1
             self._held[sharer] += 1
         try:

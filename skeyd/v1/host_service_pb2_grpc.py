@@ -28,6 +28,7 @@ class HostServiceServicer(object):
 
     def GetHost(self, request, context):
         """Looks anew at each call, in a short-lived worker process: the daemon itself never opens /dev/kvm.
+        RESOURCE_EXHAUSTED TOO_MANY_CALLS.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

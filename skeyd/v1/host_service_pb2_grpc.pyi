@@ -25,7 +25,9 @@ class HostServiceStub:
         skeyd.v1.host_service_pb2.GetHostRequest,
         skeyd.v1.host_service_pb2.GetHostResponse,
     ]
-    """Looks anew at each call, in a short-lived worker process: the daemon itself never opens /dev/kvm."""
+    """Looks anew at each call, in a short-lived worker process: the daemon itself never opens /dev/kvm.
+    RESOURCE_EXHAUSTED TOO_MANY_CALLS.
+    """
 
 class HostServiceAsyncStub:
     """Says what this host can do for storage keys, before anybody tries."""
@@ -34,7 +36,9 @@ class HostServiceAsyncStub:
         skeyd.v1.host_service_pb2.GetHostRequest,
         skeyd.v1.host_service_pb2.GetHostResponse,
     ]
-    """Looks anew at each call, in a short-lived worker process: the daemon itself never opens /dev/kvm."""
+    """Looks anew at each call, in a short-lived worker process: the daemon itself never opens /dev/kvm.
+    RESOURCE_EXHAUSTED TOO_MANY_CALLS.
+    """
 
 class HostServiceServicer(metaclass=abc.ABCMeta):
     """Says what this host can do for storage keys, before anybody tries."""
@@ -45,6 +49,8 @@ class HostServiceServicer(metaclass=abc.ABCMeta):
         request: skeyd.v1.host_service_pb2.GetHostRequest,
         context: _ServicerContext,
     ) -> typing.Union[skeyd.v1.host_service_pb2.GetHostResponse, collections.abc.Awaitable[skeyd.v1.host_service_pb2.GetHostResponse]]:
-        """Looks anew at each call, in a short-lived worker process: the daemon itself never opens /dev/kvm."""
+        """Looks anew at each call, in a short-lived worker process: the daemon itself never opens /dev/kvm.
+        RESOURCE_EXHAUSTED TOO_MANY_CALLS.
+        """
 
 def add_HostServiceServicer_to_server(servicer: HostServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

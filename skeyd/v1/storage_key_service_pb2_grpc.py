@@ -71,7 +71,7 @@ class StorageKeyServiceServicer(object):
         VM_ID_INVALID. FAILED_PRECONDITION VM_DEAD, VM_QUARANTINED. RESOURCE_EXHAUSTED TOO_MANY_STREAMS,
         TOO_MANY_CALLS_ON_VM.
         OUT_OF_RANGE GFN_NOT_MAPPED: a range begins or ends at a frame in no memory slot.
-        UNAVAILABLE WORKER_LOST: the VM's worker went away.
+        UNAVAILABLE WORKER_LOST: the VM's worker went away, or is being started.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -118,6 +118,7 @@ class StorageKeyServiceServicer(object):
         uses keys; else with KVM_S390_GET_SKEYS. It needs no stream and waits behind none.
 
         OUT_OF_RANGE GFN_NOT_MAPPED, and as for GetSkeys where the VM is not there or can't be used.
+        RESOURCE_EXHAUSTED TOO_MANY_CALLS, TOO_MANY_CALLS_ON_VM.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -130,6 +131,7 @@ class StorageKeyServiceServicer(object):
         INVALID_ARGUMENT KEY_RESERVED_BIT. OUT_OF_RANGE GFN_NOT_MAPPED. DATA_LOSS KEYS_NOT_STORED.
         FAILED_PRECONDITION SKEYS_NOT_ENABLED: the guest uses no storage keys and allow_enable is not set.
         ABORTED VM_BUSY: a SetSkeys or another of these runs on this VM. The VM can't be used for the reasons given at GetSkeys.
+        RESOURCE_EXHAUSTED TOO_MANY_CALLS, TOO_MANY_CALLS_ON_VM.
         ErrorInfo metadata "uncertain" says that the frame may have been set all the same, "enabled" as for SetSkeys.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

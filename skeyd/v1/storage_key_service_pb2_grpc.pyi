@@ -39,7 +39,7 @@ class StorageKeyServiceStub:
     VM_ID_INVALID. FAILED_PRECONDITION VM_DEAD, VM_QUARANTINED. RESOURCE_EXHAUSTED TOO_MANY_STREAMS,
     TOO_MANY_CALLS_ON_VM.
     OUT_OF_RANGE GFN_NOT_MAPPED: a range begins or ends at a frame in no memory slot.
-    UNAVAILABLE WORKER_LOST: the VM's worker went away.
+    UNAVAILABLE WORKER_LOST: the VM's worker went away, or is being started.
     """
 
     SetSkeys: grpc.StreamStreamMultiCallable[
@@ -86,6 +86,7 @@ class StorageKeyServiceStub:
     uses keys; else with KVM_S390_GET_SKEYS. It needs no stream and waits behind none.
 
     OUT_OF_RANGE GFN_NOT_MAPPED, and as for GetSkeys where the VM is not there or can't be used.
+    RESOURCE_EXHAUSTED TOO_MANY_CALLS, TOO_MANY_CALLS_ON_VM.
     """
 
     SetSkey: grpc.UnaryUnaryMultiCallable[
@@ -98,6 +99,7 @@ class StorageKeyServiceStub:
     INVALID_ARGUMENT KEY_RESERVED_BIT. OUT_OF_RANGE GFN_NOT_MAPPED. DATA_LOSS KEYS_NOT_STORED.
     FAILED_PRECONDITION SKEYS_NOT_ENABLED: the guest uses no storage keys and allow_enable is not set.
     ABORTED VM_BUSY: a SetSkeys or another of these runs on this VM. The VM can't be used for the reasons given at GetSkeys.
+    RESOURCE_EXHAUSTED TOO_MANY_CALLS, TOO_MANY_CALLS_ON_VM.
     ErrorInfo metadata "uncertain" says that the frame may have been set all the same, "enabled" as for SetSkeys.
     """
 
@@ -153,7 +155,7 @@ class StorageKeyServiceAsyncStub:
     VM_ID_INVALID. FAILED_PRECONDITION VM_DEAD, VM_QUARANTINED. RESOURCE_EXHAUSTED TOO_MANY_STREAMS,
     TOO_MANY_CALLS_ON_VM.
     OUT_OF_RANGE GFN_NOT_MAPPED: a range begins or ends at a frame in no memory slot.
-    UNAVAILABLE WORKER_LOST: the VM's worker went away.
+    UNAVAILABLE WORKER_LOST: the VM's worker went away, or is being started.
     """
 
     SetSkeys: grpc.aio.StreamStreamMultiCallable[
@@ -200,6 +202,7 @@ class StorageKeyServiceAsyncStub:
     uses keys; else with KVM_S390_GET_SKEYS. It needs no stream and waits behind none.
 
     OUT_OF_RANGE GFN_NOT_MAPPED, and as for GetSkeys where the VM is not there or can't be used.
+    RESOURCE_EXHAUSTED TOO_MANY_CALLS, TOO_MANY_CALLS_ON_VM.
     """
 
     SetSkey: grpc.aio.UnaryUnaryMultiCallable[
@@ -212,6 +215,7 @@ class StorageKeyServiceAsyncStub:
     INVALID_ARGUMENT KEY_RESERVED_BIT. OUT_OF_RANGE GFN_NOT_MAPPED. DATA_LOSS KEYS_NOT_STORED.
     FAILED_PRECONDITION SKEYS_NOT_ENABLED: the guest uses no storage keys and allow_enable is not set.
     ABORTED VM_BUSY: a SetSkeys or another of these runs on this VM. The VM can't be used for the reasons given at GetSkeys.
+    RESOURCE_EXHAUSTED TOO_MANY_CALLS, TOO_MANY_CALLS_ON_VM.
     ErrorInfo metadata "uncertain" says that the frame may have been set all the same, "enabled" as for SetSkeys.
     """
 
@@ -269,7 +273,7 @@ class StorageKeyServiceServicer(metaclass=abc.ABCMeta):
         VM_ID_INVALID. FAILED_PRECONDITION VM_DEAD, VM_QUARANTINED. RESOURCE_EXHAUSTED TOO_MANY_STREAMS,
         TOO_MANY_CALLS_ON_VM.
         OUT_OF_RANGE GFN_NOT_MAPPED: a range begins or ends at a frame in no memory slot.
-        UNAVAILABLE WORKER_LOST: the VM's worker went away.
+        UNAVAILABLE WORKER_LOST: the VM's worker went away, or is being started.
         """
 
     @abc.abstractmethod
@@ -320,6 +324,7 @@ class StorageKeyServiceServicer(metaclass=abc.ABCMeta):
         uses keys; else with KVM_S390_GET_SKEYS. It needs no stream and waits behind none.
 
         OUT_OF_RANGE GFN_NOT_MAPPED, and as for GetSkeys where the VM is not there or can't be used.
+        RESOURCE_EXHAUSTED TOO_MANY_CALLS, TOO_MANY_CALLS_ON_VM.
         """
 
     @abc.abstractmethod
@@ -334,6 +339,7 @@ class StorageKeyServiceServicer(metaclass=abc.ABCMeta):
         INVALID_ARGUMENT KEY_RESERVED_BIT. OUT_OF_RANGE GFN_NOT_MAPPED. DATA_LOSS KEYS_NOT_STORED.
         FAILED_PRECONDITION SKEYS_NOT_ENABLED: the guest uses no storage keys and allow_enable is not set.
         ABORTED VM_BUSY: a SetSkeys or another of these runs on this VM. The VM can't be used for the reasons given at GetSkeys.
+        RESOURCE_EXHAUSTED TOO_MANY_CALLS, TOO_MANY_CALLS_ON_VM.
         ErrorInfo metadata "uncertain" says that the frame may have been set all the same, "enabled" as for SetSkeys.
         """
 

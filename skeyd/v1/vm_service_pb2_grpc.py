@@ -7,6 +7,8 @@ from skeyd.v1 import vm_service_pb2 as skeyd_dot_v1_dot_vm__service__pb2
 
 class VmServiceStub(object):
     """Makes and unmakes the VMs whose keys skeyd serves. One worker process is behind each.
+
+    Each method: RESOURCE_EXHAUSTED TOO_MANY_CALLS; and TOO_MANY_CALLS_ON_VM, but for ListVms.
     """
 
     def __init__(self, channel):
@@ -39,6 +41,8 @@ class VmServiceStub(object):
 
 class VmServiceServicer(object):
     """Makes and unmakes the VMs whose keys skeyd serves. One worker process is behind each.
+
+    Each method: RESOURCE_EXHAUSTED TOO_MANY_CALLS; and TOO_MANY_CALLS_ON_VM, but for ListVms.
     """
 
     def CreateVm(self, request, context):
@@ -113,6 +117,8 @@ def add_VmServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class VmService(object):
     """Makes and unmakes the VMs whose keys skeyd serves. One worker process is behind each.
+
+    Each method: RESOURCE_EXHAUSTED TOO_MANY_CALLS; and TOO_MANY_CALLS_ON_VM, but for ListVms.
     """
 
     @staticmethod

@@ -18,7 +18,10 @@ class _ServicerContext(grpc.ServicerContext, grpc.aio.ServicerContext):  # type:
     ...
 
 class VmServiceStub:
-    """Makes and unmakes the VMs whose keys skeyd serves. One worker process is behind each."""
+    """Makes and unmakes the VMs whose keys skeyd serves. One worker process is behind each.
+
+    Each method: RESOURCE_EXHAUSTED TOO_MANY_CALLS; and TOO_MANY_CALLS_ON_VM, but for ListVms.
+    """
 
     def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
     CreateVm: grpc.UnaryUnaryMultiCallable[
@@ -60,7 +63,10 @@ class VmServiceStub:
     """
 
 class VmServiceAsyncStub:
-    """Makes and unmakes the VMs whose keys skeyd serves. One worker process is behind each."""
+    """Makes and unmakes the VMs whose keys skeyd serves. One worker process is behind each.
+
+    Each method: RESOURCE_EXHAUSTED TOO_MANY_CALLS; and TOO_MANY_CALLS_ON_VM, but for ListVms.
+    """
 
     CreateVm: grpc.aio.UnaryUnaryMultiCallable[
         skeyd.v1.vm_service_pb2.CreateVmRequest,
@@ -101,7 +107,10 @@ class VmServiceAsyncStub:
     """
 
 class VmServiceServicer(metaclass=abc.ABCMeta):
-    """Makes and unmakes the VMs whose keys skeyd serves. One worker process is behind each."""
+    """Makes and unmakes the VMs whose keys skeyd serves. One worker process is behind each.
+
+    Each method: RESOURCE_EXHAUSTED TOO_MANY_CALLS; and TOO_MANY_CALLS_ON_VM, but for ListVms.
+    """
 
     @abc.abstractmethod
     def CreateVm(

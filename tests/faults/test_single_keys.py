@@ -96,6 +96,7 @@ def judge(world: World, guest: Guest, fault: Fault, answer: Any, *, was: int = 0
 CASES: Final = [
     (kernel, f"{step}.{moment}") for kernel, steps in SET.items() for step, moment in itertools.product(steps, MOMENTS)
 ]
+AND_ITS_ANSWER: Final = [*CASES, (KEYOP, "answer.keyop.before"), (BY_RANGE, "answer.set.before")]
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "new"])
@@ -118,7 +119,7 @@ def test_an_ioctl_of_a_single_key_that_is_refused_is_told_and_the_frame_has_one_
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "new"])
-@pytest.mark.parametrize(("kernel", "point"), [*CASES, (KEYOP, "answer.keyop.before"), (BY_RANGE, "answer.set.before")])
+@pytest.mark.parametrize(("kernel", "point"), AND_ITS_ANSWER)
 def test_a_worker_that_is_killed_in_a_single_call_is_dead_and_told_so(
     world: World, kernel: str, point: str, kept: bool
 ) -> None:
@@ -128,12 +129,12 @@ def test_a_worker_that_is_killed_in_a_single_call_is_dead_and_told_so(
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "new"])
-@pytest.mark.parametrize(("kernel", "point"), [*CASES, (KEYOP, "answer.keyop.before"), (BY_RANGE, "answer.set.before")])
+@pytest.mark.parametrize(("kernel", "point"), AND_ITS_ANSWER)
 def test_a_worker_that_stands_still_in_a_single_call_is_given_up_and_its_late_answer_is_nobodys(
     world: World, kernel: str, point: str, kept: bool
 ) -> None:
     guest, fault = new_guest(world, kernel, kept), Fault("worker", point, "stop")
-    with world.patience(0.4):
+    with world.patience(1.0):
         if kept:
             # The kept connection was made with more patience than this; one that is made now has less.
             world.kill_front()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
 
 from skeyd.errors import Reason, SkeydError
 from skeyd.rpc.calls import Cancelled
-from skeyd.rpc.ending import hanging_up, require_active
+from skeyd.rpc.ending import all_hanging_up, hanging_up, require_active
 
 LOST = SkeydError(Reason.WORKER_LOST, "lost")
 
@@ -54,6 +55,23 @@ def test_nothing_is_begun_for_a_call_that_has_ended() -> None:
     with pytest.raises(Cancelled):
         require_active(Call(already=True))
     require_active(Call())
+
+
+@pytest.mark.parametrize("told_first", [True, False])
+def test_all_connections_of_a_call_are_hung_up_on_those_too_that_come_later(told_first: bool) -> None:
+    with ExitStack() as sockets:
+        pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(3)]
+        for one in (one for pair in pairs for one in pair):
+            sockets.enter_context(one)
+        with all_hanging_up(call := Call()) as hang_ups:
+            for number, (ours, theirs) in enumerate(pairs):
+                theirs.settimeout(10)
+                if told_first and number == 1:
+                    call.end()
+                hang_ups.one_more().hold(ours)
+            if not told_first:
+                call.end()
+            assert [theirs.recv(1) for _, theirs in pairs] == [b""] * 3
 
 
 def test_a_connection_is_hung_up_on_from_when_it_is_held_until_it_is_let_go() -> None:
