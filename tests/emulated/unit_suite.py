@@ -98,6 +98,7 @@ STARTERS: Final = (
     "tests/test_logs.py",
     "tests/test_malloc.py",
     "tests/test_server.py",
+    "tests/test_server_listening.py",
 )
 """Most of these start a daemon, which takes seconds: three quarters of the suite's time. A share has half of them."""
 
