@@ -1,9 +1,10 @@
-"""Under which name a Debian mirror has a suite that is whole.
+"""Under which names a Debian mirror has a suite that is whole.
 
-A mirror serves a release by its codename and by an alias, "stable" for one, and after a point release its caches may
-have a new InRelease beside an old index for the one name, and a pair that fits for the other (seen with trixie's
-s390x index in November 2026: apt refuses the first with "File has unexpected size", for days). apt checks what is
-downloaded in the end; here is only found out which name to give it.
+A mirror serves a release by its codename and by an alias, "stable" for one. After a point release its caches may
+have a new InRelease beside an old index for the one name, which apt refuses with "File has unexpected size", for days;
+or the new index beside a pool that hasn't the packages yet, which it then fails to fetch; and for the other name all
+that fits together (seen with trixie for s390x in November 2026, one after the other). The first is found out here; the
+second is only known from trying.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ SECONDS: Final = 30.0
 _log = logging.getLogger(__name__)
 
 
-def whole_suite(mirror: str, suite: str, architecture: str) -> str:
-    """Return the codename, or an alias of it where only that is whole; the codename too where nothing is.
+def whole_suites(mirror: str, suite: str, architecture: str) -> list[str]:
+    """Return the names to try, one after the other, at least one: the codename, and aliases of it that are whole.
 
     `mirror` ends with a slash. What can't be asked counts as whole under its codename: apt has the better message.
     """
+    names = [suite]
     try:
-        if _is_whole(mirror, suite, suite, architecture) is not False:
-            return suite
-        for alias in ALIASES:
-            if _is_whole(mirror, alias, suite, architecture):
-                _log.info("the mirror's %s is out of step; %s is the same release and whole", suite, alias)
-                return alias
+        is_whole = _is_whole(mirror, suite, suite, architecture) is not False
+        names += [alias for alias in ALIASES if _is_whole(mirror, alias, suite, architecture)]
+        if not is_whole and len(names) > 1:
+            _log.info("the mirror's %s is out of step; %s is the same release and whole", suite, names[1])
+            names.remove(suite)
     except OSError as error:
         _log.info("the mirror can't be looked at: %s", error)
-    return suite
+    return names
 
 
 def _is_whole(mirror: str, name: str, codename: str, architecture: str) -> bool | None:

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.emulated import qemu, recipe
-from tests.emulated.archive import whole_suite
+from tests.emulated.archive import whole_suites
 from tests.emulated.cache import CachedDirectory, cache_directory
 
 HERE = Path(__file__).parent
 BUILD_LOG = "build.log"
+NOT_FETCHED = "E: Failed to fetch"  # apt's words for a package that its index names and the mirror hasn't
 CAP_SYS_ADMIN = 21  # include/uapi/linux/capability.h
 
 # What each of debian-packages is for: the program, or file, by which it is known to be installed.
@@ -157,7 +158,20 @@ def _missing_rights() -> str | None:
 def _build(kind: str, directory: Path, lock: int) -> None:
     mirror = _mirror()
     assert mirror is not None
-    name = whole_suite(mirror, *((recipe.QEMU_SUITE, _own_architecture()) if kind == "qemu" else (kind, "s390x")))
+    names = whole_suites(mirror, *((recipe.QEMU_SUITE, _own_architecture()) if kind == "qemu" else (kind, "s390x")))
+    for name in names:
+        for left in directory.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        status, said = _build_from(name, kind, directory, mirror, lock)
+        if status == 0:
+            return
+        if NOT_FETCHED not in said:
+            break
+    end = "\n".join(said.splitlines()[-30:])
+    raise BuildFailed(f"building {kind} failed:\n{end}")
+
+
+def _build_from(name: str, kind: str, directory: Path, mirror: str, lock: int) -> tuple[int, str]:
     log = directory / BUILD_LOG
     with log.open("wb") as stream:
         finished = subprocess.run(
@@ -169,6 +183,7 @@ def _build(kind: str, directory: Path, lock: int) -> None:
                 *(sys.executable, "-m", "tests.emulated.recipe", kind, str(directory), mirror, name),
             ],
             cwd=HERE.parents[1],
+            env={**os.environ, "LC_ALL": "C.UTF-8"},
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
@@ -176,9 +191,7 @@ def _build(kind: str, directory: Path, lock: int) -> None:
             start_new_session=True,
             check=False,
         )
-    if finished.returncode != 0:
-        end = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
-        raise BuildFailed(f"building {kind} failed:\n{end}")
+    return finished.returncode, log.read_text(errors="replace")
 
 
 def main(arguments: list[str] | None = None) -> int:

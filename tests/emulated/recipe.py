@@ -43,6 +43,7 @@ PACKAGES = (
     "python3-grpcio",
     "python3-protobuf",
     "python3-structlog",
+    "python3-zstandard",
     "python3-click",
     "python3-pytest",
     "python3-pytest-timeout",

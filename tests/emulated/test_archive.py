@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from tests.emulated.archive import whole_suite
+from tests.emulated.archive import whole_suites
 
 INDEX = "main/binary-s390x/Packages.xz"
 
@@ -57,8 +57,14 @@ def mirror() -> Iterator[tuple[Mirror, str]]:
 
 def test_a_suite_that_is_whole_goes_by_its_codename(mirror: tuple[Mirror, str]) -> None:
     mirror[0].put("trixie", "trixie", listed=10, size=10)
-    mirror[0].put("stable", "trixie", listed=10, size=10)
-    assert whole_suite(mirror[1], "trixie", "s390x") == "trixie"
+    assert whole_suites(mirror[1], "trixie", "s390x") == ["trixie"]
+
+
+def test_where_packages_of_a_suite_are_missing_its_alias_is_the_next_to_be_tried(mirror: tuple[Mirror, str]) -> None:
+    mirror[0].put("trixie", "trixie", listed=10, size=10)
+    mirror[0].put("stable", "trixie", listed=9, size=9)
+    mirror[0].put("testing", "forky", listed=9, size=9)
+    assert whole_suites(mirror[1], "trixie", "s390x") == ["trixie", "stable"]
 
 
 @pytest.mark.parametrize("size", [9, None])
@@ -66,16 +72,16 @@ def test_a_suite_out_of_step_goes_by_the_alias_that_is_whole(mirror: tuple[Mirro
     mirror[0].put("trixie", "trixie", listed=10, size=size)
     mirror[0].put("oldstable", "bookworm", listed=7, size=7)
     mirror[0].put("stable", "trixie", listed=9, size=9)
-    assert whole_suite(mirror[1], "trixie", "s390x") == "stable"
+    assert whole_suites(mirror[1], "trixie", "s390x") == ["stable"]
 
 
 def test_another_release_is_never_taken_for_it(mirror: tuple[Mirror, str]) -> None:
     mirror[0].put("trixie", "trixie", listed=10, size=9)
     mirror[0].put("stable", "forky", listed=9, size=9)
     mirror[0].put("oldstable", "trixie", listed=8, size=9)
-    assert whole_suite(mirror[1], "trixie", "s390x") == "trixie"
+    assert whole_suites(mirror[1], "trixie", "s390x") == ["trixie"]
 
 
 def test_a_mirror_that_does_not_answer_is_left_to_apt(mirror: tuple[Mirror, str]) -> None:
-    assert whole_suite(mirror[1], "trixie", "s390x") == "trixie"
-    assert whole_suite("http://127.0.0.1:1/debian/", "trixie", "s390x") == "trixie"
+    assert whole_suites(mirror[1], "trixie", "s390x") == ["trixie"]
+    assert whole_suites("http://127.0.0.1:1/debian/", "trixie", "s390x") == ["trixie"]

@@ -1,7 +1,4 @@
-"""Which encoding is chosen, and what comes of chunks in each.
-
-Tests that need the package zstandard begin with test_zstd: tests/emulated/unit_suite.py leaves them out by that.
-"""
+"""Which encoding is chosen, and what comes of chunks in each."""
 
 from __future__ import annotations
 
