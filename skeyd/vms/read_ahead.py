@@ -12,10 +12,6 @@ from skeyd.gfn import GfnRange
 from skeyd.vms.pacing import Pace
 from skeyd.worker.protocol import BUFFER_KEYS, NANOSECONDS_MAX, SLICE_KEYS, Fields
 
-RING_KEYS: Final = BUFFER_KEYS + SLICE_KEYS
-"""Keys of the worker's memory that are used: the largest chunk, and a slice for the worker to be busy with while that
-is written down. What isn't touched costs no memory."""
-
 SLICES_AHEAD: Final = 16
 """Most slices that a worker is asked for before it has answered: the socket must hold its answers."""
 
@@ -61,10 +57,11 @@ class _Filling:
 
 
 class ReadAhead:
-    """Chunks of at most BUFFER_KEYS frames, filled one after the other by as many ioctls as a Pace wants.
+    """Chunks of at most `chunk_keys` frames, filled one after the other by as many ioctls as a Pace wants.
 
-    The memory is a ring. What of it nobody holds is being filled: the worker goes on while a caller is busy with what
-    it has released. Synchronization: one thread.
+    The memory is a ring that holds a chunk, and a slice for the worker to be busy with while that is written down: two
+    slices where a chunk is one, as it is unless a client asks for others. What of it nobody holds is being filled: the
+    worker goes on while a caller is busy with what it has released. Synchronization: one thread.
     """
 
     def __init__(
@@ -73,12 +70,15 @@ class ReadAhead:
         send: Callable[[dict[str, Any]], None],
         take: Callable[[], Fields],
         chunks: Iterable[GfnRange],
+        chunk_keys: int,
         pace: Pace,
     ) -> None:
         self._memory = memory
         self._send = send
         self._take = take
         self._todo = iter(chunks)
+        # The rest of the worker's memory isn't touched, and so costs none.
+        self._ring_keys = min(chunk_keys, BUFFER_KEYS) + SLICE_KEYS
         self._pace = pace
         self._chosen: deque[_Filling] = deque()
         self._asked: deque[tuple[_Filling, int]] = deque()
@@ -107,13 +107,13 @@ class ReadAhead:
     def _ask(self) -> None:
         # Of the first slice nobody knows how long it takes; those after it are measured by it.
         while len(self._asked) < (SLICES_AHEAD if self._pace.measured else 1) and (filling := self._next()):
-            at = self._given % RING_KEYS
+            at = self._given % self._ring_keys
             buffer, offset = divmod(at, BUFFER_KEYS)
             count = min(
                 self._pace.keys,
                 filling.frames.count - filling.asked,
-                self._back + RING_KEYS - self._given,
-                RING_KEYS - at,
+                self._back + self._ring_keys - self._given,
+                self._ring_keys - at,
                 BUFFER_KEYS - offset,
             )
             if not count:
@@ -127,7 +127,7 @@ class ReadAhead:
     def _next(self) -> _Filling | None:
         if not self._chosen or self._chosen[-1].asked == self._chosen[-1].frames.count:
             # As far ahead as chunks have room, and not farther than slices are asked for.
-            if self._given == self._back + RING_KEYS or (frames := next(self._todo, None)) is None:
+            if self._given == self._back + self._ring_keys or (frames := next(self._todo, None)) is None:
                 return None
             self._chosen.append(_Filling(frames, self._given))
         return self._chosen[-1]
@@ -140,9 +140,9 @@ class ReadAhead:
         filling.answered += count
 
     def _views(self, filling: _Filling) -> tuple[memoryview, ...]:
-        at = filling.begins % RING_KEYS
+        at = filling.begins % self._ring_keys
         count = filling.frames.count
         with memoryview(self._memory) as whole:
-            if at + count <= RING_KEYS:
+            if at + count <= self._ring_keys:
                 return (whole[at : at + count],)
-            return whole[at:RING_KEYS], whole[: at + count - RING_KEYS]
+            return whole[at : self._ring_keys], whole[: at + count - self._ring_keys]

@@ -65,7 +65,7 @@ def read_chunks(
     """
     memory_map = session.memory_map
     chunks = session.read_chunks(
-        (part for part, mapped in _layout(memory_map, ranges, chunk_keys, start_at) if mapped), pace
+        (part for part, mapped in _layout(memory_map, ranges, chunk_keys, start_at) if mapped), chunk_keys, pace
     )
     for part, mapped in _layout(memory_map, ranges, chunk_keys, start_at):
         yield next(chunks) if mapped else GapRead(part)

@@ -24,6 +24,7 @@ from skeyd.worker.outcomes import Begun, LastWrite
 from skeyd.worker.protocol import (
     BUFFER_BYTES,
     NANOSECONDS_MAX,
+    SLICE_KEYS,
     SOCKET,
     Fields,
     Hello,
@@ -117,14 +118,17 @@ class Session:
             # A refusal too leaves a session that can be used.
             self._channel.connection.settimeout(self._answer_seconds)
 
-    def read_chunks(self, chunks: Iterable[GfnRange], pace: Pace) -> Iterator[ChunkRead]:
-        """Read ranges of at most BUFFER_KEYS frames, by ioctls as long as `pace` says, ahead of the caller."""
+    def read_chunks(self, chunks: Iterable[GfnRange], chunk_keys: int, pace: Pace) -> Iterator[ChunkRead]:
+        """Read ranges of at most `chunk_keys` frames, which are at most BUFFER_KEYS, ahead of the caller.
+
+        An ioctl takes as long as `pace` says.
+        """
         with self._strict():
-            yield from ReadAhead(self._attached(), self._send, self._take, chunks, pace)
+            yield from ReadAhead(self._attached(), self._send, self._take, chunks, chunk_keys, pace)
 
     def read_slices(self, frames: Iterable[GfnRange]) -> Iterator[tuple[GfnRange, bytes | None]]:
-        """As read_chunks, copied: (range, its keys, or None where the guest uses none)."""
-        for chunk in self.read_chunks(frames, Pace(DEFAULT_SLICE_SECONDS)):
+        """As read_chunks of at most SLICE_KEYS, copied: (range, its keys, or None where the guest uses none)."""
+        for chunk in self.read_chunks(frames, SLICE_KEYS, Pace(DEFAULT_SLICE_SECONDS)):
             yield chunk.frames, chunk.copy()
 
     def write_slice(self, frames: GfnRange, keys: bytes | memoryview, allow_enable: bool) -> tuple[int, bool, int]:

@@ -58,9 +58,10 @@ class FakeSession(Session):
         """Whether the guest uses storage keys."""
         return self.enabled
 
-    def read_chunks(self, chunks: Iterable[GfnRange], pace: Pace) -> Iterator[ChunkRead]:
+    def read_chunks(self, chunks: Iterable[GfnRange], chunk_keys: int, pace: Pace) -> Iterator[ChunkRead]:
         """As a session does, without reading ahead, and in pieces of odd sizes."""
         for one in chunks:
+            assert one.count <= chunk_keys
             self.read.append(one)
             if self.keyless_from is not None and one.end > self.keyless_from:
                 yield ChunkRead(one, None)

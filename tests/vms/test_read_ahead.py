@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange
+from skeyd.limits import DEFAULT_CHUNK_KEYS
 from skeyd.vms.pacing import FIRST_KEYS, Pace
-from skeyd.vms.read_ahead import RING_KEYS, SLICES_AHEAD, ChunkRead, ReadAhead
+from skeyd.vms.read_ahead import SLICES_AHEAD, ChunkRead, ReadAhead
 from skeyd.worker.protocol import BUFFER_BYTES, BUFFER_KEYS, SLICE_KEYS, Fields
 from tests.examples import examples
 
@@ -30,8 +31,9 @@ def _keys(frames: GfnRange) -> bytes:
 class Worker:
     """Fills memory when it is asked for its answer; what was held then must not be what it fills."""
 
-    def __init__(self, nanoseconds_a_key: float = 1) -> None:
+    def __init__(self, nanoseconds_a_key: float = 1, chunk_keys: int = BUFFER_KEYS) -> None:
         self.memory = mmap.mmap(-1, BUFFER_BYTES)
+        self.chunk_keys = chunk_keys
         self.nanoseconds_a_key = nanoseconds_a_key
         self.requests: list[dict[str, Any]] = []
         self.waiting: deque[dict[str, Any]] = deque()
@@ -56,7 +58,7 @@ class Worker:
     def fill(self, request: dict[str, Any]) -> None:
         """Write the keys that were asked for."""
         at = request["buffer"] * BUFFER_KEYS + request["offset"]
-        assert at + request["count"] <= RING_KEYS
+        assert at + request["count"] <= self.chunk_keys + SLICE_KEYS
         self.memory[at : at + request["count"]] = _keys(GfnRange(request["start"], request["count"]))
 
     def fill_all(self) -> None:
@@ -66,7 +68,7 @@ class Worker:
 
     def read(self, chunks: list[GfnRange], pace: Pace | None = None) -> Iterator[ChunkRead]:
         """Read chunks."""
-        return iter(ReadAhead(self.memory, self.send, self.take, chunks, pace or Pace(0.010)))
+        return iter(ReadAhead(self.memory, self.send, self.take, chunks, self.chunk_keys, pace or Pace(0.010)))
 
 
 @settings(max_examples=examples(60), deadline=None)
@@ -76,12 +78,13 @@ class Worker:
     ),
     st.floats(0, 1e6),
     st.lists(st.booleans(), max_size=12),
+    st.one_of(st.just(BUFFER_KEYS), st.just(SLICE_KEYS), st.integers(1, BUFFER_KEYS)),
 )
 def test_every_chunk_has_its_keys_however_far_the_worker_is_ahead(
-    wanted: list[tuple[int, int]], nanoseconds_a_key: float, releases: list[bool]
+    wanted: list[tuple[int, int]], nanoseconds_a_key: float, releases: list[bool], chunk_keys: int
 ) -> None:
-    worker = Worker(nanoseconds_a_key)
-    chunks = [GfnRange(*one) for one in wanted]
+    worker = Worker(nanoseconds_a_key, chunk_keys)
+    chunks = [GfnRange(start, min(count, chunk_keys)) for start, count in wanted]
     found = []
     for number, chunk in enumerate(worker.read(chunks)):
         assert chunk.views is not None
@@ -121,16 +124,28 @@ def test_slices_shrink_and_grow_with_how_long_they_take_in_the_middle_of_a_strea
     assert sizes[-1] > 100_000
 
 
-def test_the_next_chunk_is_asked_for_while_one_that_was_released_is_being_sent() -> None:
-    worker = Worker()
-    chunks = worker.read([GfnRange(n << 20, BUFFER_KEYS) for n in range(4)])
+@pytest.mark.parametrize("chunk_keys", [BUFFER_KEYS, SLICE_KEYS, 100_000])
+def test_the_next_chunk_is_asked_for_while_one_that_was_released_is_being_sent(chunk_keys: int) -> None:
+    worker = Worker(chunk_keys=chunk_keys)
+    chunks = worker.read([GfnRange(n << 20, chunk_keys) for n in range(20)])
+    next(chunks).release()
     next(chunks).release()
     chunk = next(chunks)
     # While it is held there is room for one slice beside it; then for all of the next, and a slice more.
     assert sum(one["count"] for one in worker.waiting) == SLICE_KEYS
     chunk.release()
-    assert sum(one["count"] for one in worker.waiting) == RING_KEYS
+    assert sum(one["count"] for one in worker.waiting) == chunk_keys + SLICE_KEYS
     chunks.close()  # type: ignore[attr-defined]
+
+
+def test_a_stream_of_chunks_as_large_as_most_has_two_slices_in_the_front() -> None:
+    worker = Worker(chunk_keys=DEFAULT_CHUNK_KEYS)
+    for chunk in worker.read([GfnRange(n << 20, DEFAULT_CHUNK_KEYS) for n in range(20)]):
+        held = sum(map(len, chunk.views or ()))
+        assert held + sum(one["count"] for one in worker.waiting) <= 2 * SLICE_KEYS
+        chunk.release()
+        assert sum(one["count"] for one in worker.waiting) <= 2 * SLICE_KEYS
+    assert not any(worker.memory[2 * SLICE_KEYS :]), "memory beyond two slices is never used"
 
 
 def test_no_more_slices_are_under_way_than_the_socket_holds_answers_to() -> None:
@@ -189,7 +204,7 @@ def test_a_worker_that_is_lost_when_memory_is_given_back_is_an_error_and_no_memo
         worker.send(request)
 
     wanted = [GfnRange(n << 20, BUFFER_KEYS) for n in range(4)]
-    chunk = next(iter(ReadAhead(worker.memory, send, worker.take, wanted, Pace(0.010))))
+    chunk = next(iter(ReadAhead(worker.memory, send, worker.take, wanted, BUFFER_KEYS, Pace(0.010))))
     gone = True
     with pytest.raises(SkeydError, match="gone"):
         chunk.release()
