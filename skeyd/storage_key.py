@@ -6,6 +6,7 @@ A key is one byte a 4 KiB frame. The numbers here are the only place they are wr
 from __future__ import annotations
 
 import re
+import zlib
 from dataclasses import dataclass
 
 FRAME_SIZE = 4096
@@ -78,6 +79,22 @@ def first_reserved(keys: bytes | bytearray | memoryview) -> int | None:
     if not keys.translate(None, _VALID_KEYS):
         return None
     return next(index for index, key in enumerate(keys) if key & RESERVED)
+
+
+def look_through(keys: bytes | memoryview, crc32: int = 0) -> tuple[int | None, int]:
+    """Return what first_reserved says of keys, and their CRC-32, which goes on from that of those before them.
+
+    A thread that does nothing but search keeps the interpreter's lock, and in a daemon with sixteen streams a health
+    check waits for all of them at each of its steps. The checksum is computed without the lock, block by block.
+    """
+    found = None
+    with memoryview(keys) as view:
+        for at in range(0, len(view), _BLOCK):
+            block = bytes(view[at : at + _BLOCK])
+            crc32 = zlib.crc32(block, crc32)
+            if found is None and (bad := first_reserved(block)) is not None:
+                found = at + bad
+    return found, crc32
 
 
 def only_key(keys: bytes | memoryview) -> int | None:

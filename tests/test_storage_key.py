@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,15 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from skeyd import storage_key
-from skeyd.storage_key import StorageKey, differing_runs, first_reserved, lost_runs, only_key, runs_of_equal
+from skeyd.storage_key import (
+    StorageKey,
+    differing_runs,
+    first_reserved,
+    look_through,
+    lost_runs,
+    only_key,
+    runs_of_equal,
+)
 from tests.examples import examples
 
 # Few values and long runs: neighbours that are equal are what the run functions are about.
@@ -78,6 +87,20 @@ def test_one_reserved_bit_among_many_good_keys_is_found(keys: bytes, at: int, ba
     at = min(at, len(keys))
     assert first_reserved(keys) is None
     assert first_reserved(keys[:at] + bytes([bad]) + keys[at:]) == at
+
+
+@pytest.mark.parametrize("as_view", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 65_535, 65_536, 65_537, 200_000])
+def test_one_look_finds_the_first_reserved_bit_and_the_checksum(count: int, as_view: bool) -> None:
+    before = zlib.crc32(b"before")
+    good = bytes(range(0, 256, 2)) * (count // 128 + 1)
+    for places in ((), (0,), (count - 1,), (65_535, 65_536), (65_536, 199_999)):
+        keys = bytearray(good[:count])
+        there = [at for at in places if 0 <= at < count]
+        for at in there:
+            keys[at] |= 1
+        wanted = (there[0] if there else None, zlib.crc32(keys, before))
+        assert look_through(memoryview(keys) if as_view else bytes(keys), before) == wanted
 
 
 def _runs(flags: list[bool]) -> list[tuple[int, int]]:

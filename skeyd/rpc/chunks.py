@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Collection
 
 from skeyd.checksum import crc32_repeated
@@ -25,10 +24,7 @@ def write_down(chunk: ChunkRead, encodings: Collection[int]) -> tuple[bytes, int
         only = {only_key(view) for view in views if len(view)}
         if len(only) == 1 and (key := only.pop()) is not None:
             return _one_key(chunk, key)
-    views = require_keys(chunk)
-    crc32 = 0
-    for view in views:
-        crc32 = zlib.crc32(view, crc32)
+    views, crc32 = require_keys(chunk)
     chosen = codec.choose(views, encodings)
     if chosen != codec.RAW:
         encoding, data = codec.encode_as(chosen, b"".join(views))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange, MemoryMap, Ranges
 from skeyd.limits import DEFAULT_SLICE_SECONDS
-from skeyd.storage_key import first_reserved
+from skeyd.storage_key import look_through
 from skeyd.vms.pacing import Pace
 from skeyd.vms.read_ahead import ChunkRead
 from skeyd.vms.session import Session
@@ -46,11 +45,11 @@ def read(session: Session, ranges: Ranges, chunk_keys: int, pace: Pace | None = 
         if isinstance(part, GapRead):
             yield part
             continue
-        frames = part.frames
-        require_keys(part)
         keys = part.copy()
+        # The copy: what the worker can still change isn't worth a look.
+        _, crc32 = require_keys(ChunkRead(part.frames, None if keys is None else (memoryview(keys),)))
         assert keys is not None  # noqa: S101  by require_keys
-        yield KeysRead(frames, keys, zlib.crc32(keys))
+        yield KeysRead(part.frames, keys, crc32)
         del keys
 
 
@@ -71,19 +70,19 @@ def read_chunks(
         yield next(chunks) if mapped else GapRead(part)
 
 
-def require_keys(chunk: ChunkRead) -> tuple[memoryview, ...]:
-    """Return the views of a chunk's keys if they are keys. WORKER_FAILED."""
+def require_keys(chunk: ChunkRead) -> tuple[tuple[memoryview, ...], int]:
+    """Return a chunk's views and the CRC-32 of what they hold, if they are keys. WORKER_FAILED."""
     if chunk.views is None:
         raise SkeydError(
             Reason.WORKER_FAILED, f"the guest used storage keys, and at {chunk.frames} it is said to use none"
         )
-    gfn = chunk.frames.start
+    gfn, crc32 = chunk.frames.start, 0
     for view in chunk.views:
-        bad = first_reserved(view)
+        bad, crc32 = look_through(view, crc32)
         if bad is not None:
             raise SkeydError(Reason.WORKER_FAILED, f"the worker tells of an impossible key at gfn {gfn + bad:#x}")
         gfn += len(view)
-    return chunk.views
+    return chunk.views, crc32
 
 
 def before(memory_map: MemoryMap, ranges: Ranges, gfn: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from skeyd.digest import Digester
 from skeyd.errors import Reason, SkeydError, reserved_bit
 from skeyd.gfn import GfnRange, Ranges
 from skeyd.limits import DEFAULT_SLICE_SECONDS
-from skeyd.storage_key import first_reserved
+from skeyd.storage_key import look_through
 from skeyd.vms.pacing import Pace
 from skeyd.vms.reading import KeysRead, read
 from skeyd.vms.session import Session
@@ -314,14 +314,13 @@ class KeyWriting:
                 f"the chunk at gfn {frames.start:#x} has {len(keys)} keys and a count of {frames.count}",
                 {"gfn": hex(frames.start)},
             )
-        if zlib.crc32(keys) != crc32:
+        bad, found = look_through(keys)
+        if found != crc32:
             raise SkeydError(
                 Reason.CHUNK_CHECKSUM_MISMATCH,
-                f"the keys of the chunk at gfn {frames.start:#x} have CRC-32 {zlib.crc32(keys):#010x}, "
-                f"not {crc32:#010x}",
+                f"the keys of the chunk at gfn {frames.start:#x} have CRC-32 {found:#010x}, not {crc32:#010x}",
                 {"gfn": hex(frames.start)},
             )
-        bad = first_reserved(keys)
         if bad is not None:
             raise reserved_bit(keys[bad], frames.start + bad)
 

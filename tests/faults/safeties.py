@@ -75,7 +75,7 @@ SAFETIES: Final = (
     Safety(
         "a chunk's keys fit its checksum",
         "vms/writing.py",
-        "        if zlib.crc32(keys) != crc32:\n",
+        "        if found != crc32:\n",
         "        if False:\n",
         "vms/test_writing.py::test_a_chunk_that_is_wrong_is_refused_before_any_of_it_is_written",
     ),
@@ -99,6 +99,13 @@ SAFETIES: Final = (
         "min(SLICE_KEYS, BUFFER_KEYS - offset)",
         "BUFFER_KEYS - offset",
         "worker/test_process.py::test_a_slice_out_of_bounds_ends_its_connection_and_no_other",
+    ),
+    Safety(
+        "a stream reads no farther ahead than a chunk of its own and a slice",
+        "vms/read_ahead.py",
+        "min(chunk_keys, BUFFER_KEYS) + SLICE_KEYS",
+        "BUFFER_KEYS + SLICE_KEYS",
+        "vms/test_read_ahead.py::test_a_stream_of_chunks_as_large_as_most_has_two_slices_in_the_front",
     ),
     Safety(
         "a slice takes no longer than it may",
