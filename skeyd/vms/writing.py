@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
+from skeyd.checksum import crc32_joined
 from skeyd.digest import Digester
 from skeyd.errors import Reason, SkeydError, reserved_bit
 from skeyd.gfn import GfnRange, Ranges
@@ -157,7 +158,7 @@ class KeyWriting:
         self._check(frames, keys, crc32)
         if self._validated is not None:
             self._validated.add(frames, keys)
-        at = 0
+        at, before = 0, self.progress.crc32
         while at < frames.count:
             piece = GfnRange(frames.start + at, min(self._pace.keys, frames.count - at))
             with memoryview(keys) as view:
@@ -167,8 +168,11 @@ class KeyWriting:
                     self._slices += 1
                     repaired, enabled, took = self._session.write_slice(piece, part, self._options.allow_enable)
                     self._pace.took(piece.count, took)
-                self._advance(piece, repaired, enabled, zlib.crc32(part, self.progress.crc32))
-            at += piece.count
+                at += piece.count
+                # Of the whole chunk it is known, and is not computed again.
+                whole = at == frames.count
+                joined = crc32_joined(before, crc32, at) if whole else zlib.crc32(part, self.progress.crc32)
+                self._advance(piece, repaired, enabled, joined)
         return self.progress
 
     def commit(self) -> Progress:
