@@ -256,7 +256,7 @@ MUTATIONS: Final = (
         "RRBE gives the whole key",
         "return old & (REFERENCED | CHANGED)",
         "return old",
-        "test_keyop.py::test_rrbe_gives_the_old_r_and_c_and_takes_r_away",
+        "test_keyop.py::test_rrbe_gives_the_old_r_and_c_of_each_of_the_128_keys_and_takes_r_away",
     ),
     Mutation(
         "KEYOP enables keys",
@@ -734,5 +734,316 @@ MUTATIONS: Final = (
         self._process.slots.extend(self._slots)
 """,
         "test_keyedness.py::test_up_to_6_19_touched_segments_get_r_and_c_though_other_vms_come_and_go",
+    ),
+    Mutation(
+        "a SET of a guest that uses keys may have any count",
+        """        self._check_count(_SET, buffer)
+        keys = bytes(buffer)
+""",
+        """        if not self._process.uses_keys:
+            self._check_count(_SET, buffer)
+        keys = bytes(buffer)
+""",
+        "test_failures.py::test_a_set_with_a_count_outside_1_to_max_sets_nothing_wherever_it_begins",
+    ),
+    Mutation(
+        "a SET looks at frames before it looks at the count",
+        """        self._check_count(_SET, buffer)
+        keys = bytes(buffer)
+""",
+        """        if self._process.uses_keys and self._parts(start_gfn, buffer.nbytes)[1] < buffer.nbytes:
+            raise self._hole(_SET)
+        self._check_count(_SET, buffer)
+        keys = bytes(buffer)
+""",
+        "test_failures.py::test_a_set_with_a_count_outside_1_to_max_sets_nothing_wherever_it_begins",
+    ),
+    Mutation(
+        "a SET beyond memory's last address goes on at frame 0",
+        """        self._process.enable()  # even if it then fails
+""",
+        """        self._process.enable()
+        if start_gfn >= 1 << 52:
+            for one, first, at, count in self._parts(start_gfn % (1 << 52), len(keys))[0]:
+                one.keys[first : first + count] = keys[at : at + count]
+""",
+        "test_failures.py::test_a_set_that_meets_a_hole_sets_the_keys_before_it_and_no_others",
+    ),
+    Mutation(
+        "bit 40 of a gfn is lost",
+        """        parts: list[tuple[_Slot, int, int, int]] = []
+        at = 0
+""",
+        """        parts: list[tuple[_Slot, int, int, int]] = []
+        at = 0
+        start_gfn &= ~(1 << 40)
+""",
+        "test_failures.py::test_no_bit_of_a_gfn_is_lost_on_its_way",
+    ),
+    Mutation(
+        "a bad key takes R and C from its frame",
+        """        if stop < len(keys):
+            raise""",
+        """        if stop < len(keys):
+            for slot, first, at, count in parts:
+                if at <= stop < at + count:
+                    slot.keys[first + stop - at] &= 0xF8
+            raise""",
+        "test_failures.py::test_a_bad_key_leaves_its_frame_the_key_it_has_in_all_bits",
+    ),
+    Mutation(
+        "up to 6.19 a bad key behind a hole is told first",
+        "stop = reached if bad is None else min(bad, reached)",
+        "stop = reached if bad is None else bad if not reached else min(bad, reached)",
+        "test_failures.py::test_up_to_6_19_a_hole_is_told_before_a_bad_key_behind_it",
+    ),
+    Mutation(
+        "SSKE in a hole sets the key of the first frame",
+        "        leaked = self._rules.hole_returns\n",
+        """        leaked = self._rules.hole_returns
+        if operation == abi.KVM_S390_KEYOP_SSKE:
+            self._slots[0].keys[0] = key & ~RESERVED
+""",
+        "test_failures.py::test_keyop_in_a_hole_changes_no_key",
+    ),
+    Mutation(
+        "RRBE in a hole takes R from the last frame",
+        "        leaked = self._rules.hole_returns\n",
+        """        leaked = self._rules.hole_returns
+        if operation == abi.KVM_S390_KEYOP_RRBE:
+            self._slots[-1].keys[-1] &= ~REFERENCED
+""",
+        "test_failures.py::test_keyop_in_a_hole_changes_no_key",
+    ),
+    Mutation(
+        "7.0 drops the reserved bit of a key for a hole",
+        ".get(operation, key)",
+        ".get(operation, key & ~RESERVED)",
+        "test_failures.py::test_keyop_in_a_hole_changes_no_key",
+    ),
+    Mutation(
+        "KEYOP up to the first slot finds its first frame",
+        """        parts, _ = self._parts(gfn, 1)
+        if not parts:
+            return self._keyop_in_hole""",
+        """        parts, _ = self._parts(max(gfn, self._slots[0].frames.start), 1)
+        if not parts:
+            return self._keyop_in_hole""",
+        "test_failures.py::test_keyop_in_a_hole_changes_no_key",
+    ),
+    Mutation(
+        "up to 6.19 a SET that fails on a hole enables keys for its own VM only",
+        "        self._process.enable()  # even if it then fails\n",
+        """        if self._rules.host_page_tables and self._parts(start_gfn, len(keys))[1] < len(keys):
+            if not self._process.uses_keys:
+                self._process.slots = [one for one in self._process.slots if one not in self._slots]
+                self._process = SimulatedProcess()
+                self._process.slots.extend(self._slots)
+        self._process.enable()
+""",
+        "test_keyedness.py::test_up_to_6_19_a_set_that_fails_in_one_vm_enables_keys_for_the_others_too",
+    ),
+    Mutation(
+        "a SET that fails gives R and C to touched segments of its own VM only",
+        "        self._process.enable()  # even if it then fails\n",
+        """        if self._parts(start_gfn, len(keys))[1] < len(keys) or first_reserved(keys) is not None:
+            for one in self._process.slots:
+                if one not in self._slots:
+                    one.touched_keyless.clear()
+        self._process.enable()
+""",
+        "test_keyedness.py::test_up_to_6_19_a_set_that_fails_in_one_vm_gives_r_and_c_to_touched_segments_of_the_others_too",
+    ),
+    Mutation(
+        "a VM takes what its failed SET has enabled along when it goes",
+        "        for slot in self._slots:\n            self._process.slots.remove(slot)\n",
+        """        if not any(any(one.keys[:]) for one in self._process.slots):
+            self._process.uses_keys = False
+        for slot in self._slots:
+            self._process.slots.remove(slot)
+""",
+        "test_keyedness.py::test_up_to_6_19_what_a_set_that_failed_has_enabled_outlives_its_vm",
+    ),
+    Mutation(
+        "a SET of more than one key that lies in a hole enables nothing",
+        "        self._process.enable()  # even if it then fails\n",
+        """        if len(keys) == 1 or self._parts(start_gfn, 1)[0]:
+            self._process.enable()
+""",
+        "test_keyedness.py::test_a_set_that_lies_in_a_hole_altogether_enables_keys_however_long_it_is",
+    ),
+    Mutation(
+        "closing a VM takes R and C from the keys of the others",
+        "            self._process.slots.remove(slot)\n",
+        """            self._process.slots.remove(slot)
+            for other in self._process.slots:
+                for frame in range(SEGMENT_FRAMES):
+                    other.keys[frame] &= 0xF8
+""",
+        "test_keyedness.py::test_closing_a_vm_leaves_the_keys_of_the_others_alone",
+    ),
+    Mutation(
+        "closing a VM takes the page tables of the others",
+        "            self._process.slots.remove(slot)\n",
+        """            self._process.slots.remove(slot)
+            for other in self._process.slots:
+                other.has_page_table[:] = bytes(len(other.has_page_table))
+""",
+        "test_page_tables.py::test_up_to_6_19_a_page_table_made_once_keys_were_enabled_stays",
+    ),
+    Mutation(
+        "a VM that is made takes the page tables of the others",
+        "        self._process.slots.extend(self._slots)\n",
+        """        for other in self._process.slots:
+            other.has_page_table[:] = bytes(len(other.has_page_table))
+        self._process.slots.extend(self._slots)
+""",
+        "test_page_tables.py::test_up_to_6_19_a_page_table_made_before_keys_were_enabled_stays",
+    ),
+    Mutation(
+        "enabling takes the page tables that were there",
+        "        self.touched_keyless.clear()\n",
+        """        for segment in self.touched_keyless:
+            self.has_page_table[segment] = 0
+        self.touched_keyless.clear()
+""",
+        "test_page_tables.py::test_up_to_6_19_a_page_table_made_before_keys_were_enabled_stays",
+    ),
+    Mutation(
+        "a bad key that is not the first of its call makes a page table",
+        "stop = reached if bad is None else min(bad, reached)\n",
+        """stop = reached if bad is None else min(bad, reached)
+        if bad:
+            for slot, first, at, count in self._parts(start_gfn + bad, 1)[0]:
+                slot.has_page_table[first // SEGMENT_FRAMES] = 1
+""",
+        "test_page_tables.py::test_up_to_6_19_a_bad_key_makes_no_page_table_wherever_in_its_call",
+    ),
+    Mutation(
+        "a SET in a hole makes the last page table",
+        """        if stop < len(keys):
+            raise""",
+        """        if not parts:
+            self._slots[0].has_page_table[len(self._slots[0].has_page_table) - 1] = 1
+        if stop < len(keys):
+            raise""",
+        "test_page_tables.py::test_up_to_6_19_a_key_in_a_hole_makes_no_page_table",
+    ),
+    Mutation(
+        "a GET takes the page tables of segments whose keys are 0",
+        "        for slot, first, at, count in parts:\n            with memoryview",
+        """        for slot, first, at, count in parts:
+            if not any(slot.keys[first : first + count]):
+                slot.has_page_table[:] = bytes(len(slot.has_page_table))
+            with memoryview""",
+        "test_page_tables.py::test_up_to_6_19_a_page_table_made_once_keys_were_enabled_stays",
+    ),
+    Mutation(
+        "a touch of the last frame of a slot does nothing",
+        "        slot, frame, _, _ = parts[0]\n        segment = frame",
+        """        slot, frame, _, _ = parts[0]
+        if frame == slot.frames.count - 1:
+            return
+        segment = frame""",
+        "test_page_tables.py::test_up_to_6_19_the_last_frame_of_each_slot_is_like_the_others",
+    ),
+    Mutation(
+        "the key of the last frame of a slot is never lost",
+        "                if zeros < len(part):\n",
+        "                if zeros < len(part) and first + at + zeros < slot.frames.count - 1:\n",
+        "test_page_tables.py::test_up_to_6_19_the_last_frame_of_each_slot_is_like_the_others",
+    ),
+    Mutation(
+        "no key is lost from the third slot on",
+        "            if not slot.has_page_table[segment]:\n",
+        "            if not slot.has_page_table[segment] and slot in self._slots[:2]:\n",
+        "test_page_tables.py::test_up_to_6_19_a_key_is_lost_in_each_of_five_slots",
+    ),
+    Mutation(
+        "a call reaches over 8 slots at most",
+        "            if at < count and slot",
+        "            if len(parts) < 8 and at < count and slot",
+        "test_several_slots.py::test_a_call_reaches_over_as_many_slots_as_lie_end_to_end",
+    ),
+    Mutation(
+        "a GET is not told of a hole behind two slots",
+        "        if reached < buffer.nbytes:\n",
+        "        if reached < buffer.nbytes and len(parts) < 2:\n",
+        "test_several_slots.py::test_a_call_reaches_over_as_many_slots_as_lie_end_to_end",
+    ),
+    Mutation(
+        "KEYOP doesn't find the last frame of the last slot",
+        """        parts, _ = self._parts(gfn, 1)
+        if not parts:
+            return self._keyop_in_hole""",
+        """        parts, _ = self._parts(gfn, 1)
+        if not parts or gfn == self._slots[-1].frames.end - 1:
+            return self._keyop_in_hole""",
+        "test_keyop.py::test_keyop_works_on_the_first_and_the_last_frame_of_each_slot",
+    ),
+    Mutation(
+        "an operation that is none is taken for SSKE in a keyless guest",
+        "        if operation not in (abi.",
+        "        if self._process.uses_keys and operation not in (abi.",
+        "test_keyop.py::test_an_operation_that_is_none_is_einval_in_a_keyless_guest_too",
+    ),
+    Mutation(
+        "SSKE leaves a keyless guest the reserved bit",
+        "        slot.keys[frame] = key & ~RESERVED\n",
+        "        slot.keys[frame] = key & ~RESERVED if self._process.uses_keys else key\n",
+        "test_keyop.py::test_sske_drops_the_reserved_bit_and_no_other_in_a_keyless_guest_too",
+    ),
+    Mutation(
+        "SSKE drops R and C in a keyless guest",
+        "        slot.keys[frame] = key & ~RESERVED\n",
+        "        slot.keys[frame] = key & ~RESERVED if self._process.uses_keys else key & 0xF8\n",
+        "test_keyop.py::test_sske_drops_the_reserved_bit_and_no_other_in_a_keyless_guest_too",
+    ),
+    Mutation(
+        "enabling leaves a keyless guest the keys without ACC",
+        "        for frame in self.set_keyless:\n            self.keys[frame] = 0\n",
+        """        for frame in self.set_keyless:
+            if self.keys[frame] & 0xF0:
+                self.keys[frame] = 0
+""",
+        "test_keyop.py::test_enabling_takes_away_whatever_key_sske_gave_a_keyless_guest_in_each_slot",
+    ),
+    Mutation(
+        "enabling leaves the keys of a keyless guest from the third slot on",
+        "            for slot in self.slots:\n                slot.enable()\n",
+        "            for slot in self.slots[:2]:\n                slot.enable()\n",
+        "test_keyop.py::test_enabling_takes_away_whatever_key_sske_gave_a_keyless_guest_in_each_slot",
+    ),
+    Mutation(
+        "RRBE gives F too for keys without ACC",
+        "            return old & (REFERENCED | CHANGED)\n",
+        "            return old & (REFERENCED | CHANGED | (0x08 if old < 0x10 else 0))\n",
+        "test_keyop.py::test_rrbe_gives_the_old_r_and_c_of_each_of_the_128_keys_and_takes_r_away",
+    ),
+    Mutation(
+        "up to 6.19 KEYOP on a keyless guest is EINVAL",
+        "            raise KvmError(_KEYOP, errno.ENOTTY)\n",
+        "            raise KvmError(_KEYOP, errno.ENOTTY if self._process.uses_keys else errno.EINVAL)\n",
+        "test_keyop.py::test_up_to_6_19_it_is_enotty_for_a_keyless_guest_too_whatever_is_asked",
+    ),
+    Mutation(
+        "enabling by a zero key gives no R and C to its own segment",
+        "        self._process.enable()  # even if it then fails\n",
+        """        if keys == b"\\0":
+            for one, first, _, _ in self._parts(start_gfn, 1)[0]:
+                one.touched_keyless.discard(first // SEGMENT_FRAMES)
+        self._process.enable()
+""",
+        "test_drift.py::test_up_to_6_19_a_zero_key_too_gives_the_rest_of_its_touched_segment_r_and_c",
+    ),
+    Mutation(
+        "closing the first VM has the process forget what was touched in the others",
+        "            self._process.slots.remove(slot)\n",
+        """            if self._process.slots[0] is slot:
+                for other in self._process.slots:
+                    other.touched_keyless.clear()
+            self._process.slots.remove(slot)
+""",
+        "test_keyedness.py::test_up_to_6_19_whichever_vm_is_closed_the_touched_segments_of_the_others_get_r_and_c",
     ),
 )

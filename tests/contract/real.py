@@ -77,6 +77,12 @@ class RealKernel:
         """Run a Python program that may import skeyd, and return what it has printed."""
         return self._host.run(["python3", "-c", program], cwd=INSIDE).stdout.decode()
 
+    def run_compiled(self, source: Path) -> str:
+        """Compile a C program that asks for PGSTE, run it, and return what it has printed."""
+        inside = f"{INSIDE}/{source.stem}"
+        self._host.put(inside, compiled(source, "-Wl,--s390-pgste"), mode=0o755)
+        return self._host.run([inside]).stdout.decode()
+
     def close(self) -> None:
         """End the servers, and with them all processes."""
         self._resources.close()

@@ -187,3 +187,24 @@ def test_up_to_6_19_enabling_gives_r_and_c_to_a_touched_segment_far_up(keyless_v
     vm.accept(0, b"\0")
     assert vm.keys(far, 3 * SEGMENT) == bytes(SEGMENT) + bytes([RC]) * SEGMENT + bytes(SEGMENT)
     assert vm.keys(0, SEGMENT) == bytes(SEGMENT)
+
+
+@up_to_6_19
+@pytest.mark.parametrize("at", [SEGMENT, SEGMENT + 9, 2 * SEGMENT - 1])
+def test_up_to_6_19_a_zero_key_too_gives_the_rest_of_its_touched_segment_r_and_c(keyless_vm: MakeVm, at: int) -> None:
+    vm = keyless_vm((0, 2))
+    vm.touch(SEGMENT + 9, write=False)
+    vm.accept(at, b"\0")
+    keys = bytearray(bytes(SEGMENT) + bytes([RC]) * SEGMENT)
+    keys[at] = 0
+    assert vm.keys(0, 2 * SEGMENT) == keys
+
+
+@every_kernel
+def test_reading_leaves_r_and_c_of_every_key_as_they_are(make_vm: MakeVm) -> None:
+    vm = make_vm((0, 1))
+    every_key = bytes(range(0, 256, 2))
+    vm.store(0, every_key)
+    for start, count in ((0, SEGMENT), (64, 1), (SEGMENT - 1, 2)):
+        vm.get(start, count)
+    assert vm.keys(0, SEGMENT) == every_key + bytes(SEGMENT - 128)

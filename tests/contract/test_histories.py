@@ -1,4 +1,4 @@
-"""What a random history comes to, and which of them count. What they are worth is in test_mutations.py."""
+"""What a random history comes to, and which of them count. What they are worth is in test_histories_worth.py."""
 
 from __future__ import annotations
 

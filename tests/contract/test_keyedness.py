@@ -8,7 +8,7 @@ import pytest
 
 from tests.contract.kernels import every_kernel, since_7_0, up_to_6_19
 from tests.contract.operations import DONE, Answer, Delete
-from tests.contract.subject import MAX, SEGMENT, Process, Subject, new_vm
+from tests.contract.subject import MAX, SEGMENT, Process, Subject, hole, new_vm
 
 
 @every_kernel
@@ -107,11 +107,11 @@ def test_closing_a_vm_leaves_the_keys_of_the_others_alone(process: Process, gone
     vms = [new_vm(process, (0, 1), (3, 1), number=number) for number in range(3)]
     for vm in vms:
         for gfn in (5, 3 * SEGMENT):
-            vm.store(gfn, bytes([0x10 + 0x10 * vm.number]))
+            vm.store(gfn, bytes([0x1E + 0x10 * vm.number]))
     assert process.play(Delete(gone)) == [DONE]
     for vm in vms:
         if vm.number != gone:
-            key = bytes([0x10 + 0x10 * vm.number])
+            key = bytes([0x1E + 0x10 * vm.number])
             assert (vm.keys(4, 3), vm.keys(3 * SEGMENT, 2)) == (b"\0" + key + b"\0", key + b"\0")
             assert vm.set(6, key) == DONE
 
@@ -153,11 +153,57 @@ def test_up_to_6_19_an_access_to_a_vm_made_later_changes_its_key_at_once(process
     assert vm.keys(0, SEGMENT) == bytes(3) + b"\x06" + bytes(SEGMENT - 4)
 
 
+FAILING = [
+    pytest.param(0, b"\x11", Answer.refused(errno.EINVAL), id="a bad key"),
+    pytest.param(SEGMENT - 1, b"\0\0\x11", Answer.refused(errno.EINVAL), id="a late bad key"),
+    pytest.param(1 << 20, b"\x30", hole("4.19"), id="a hole"),
+    pytest.param(4 * SEGMENT - 1, b"\0\0", hole("4.19"), id="into a hole"),
+    pytest.param(1 << 20, b"\x31\x31", hole("4.19"), id="bad keys in a hole"),
+]
+
+
 @up_to_6_19
-def test_up_to_6_19_a_set_that_fails_in_one_vm_enables_keys_for_the_others_too(process: Process) -> None:
+@pytest.mark.parametrize(("start", "keys", "answer"), FAILING)
+def test_up_to_6_19_a_set_that_fails_in_one_vm_enables_keys_for_the_others_too(
+    process: Process, start: int, keys: bytes, answer: Answer
+) -> None:
     one, other = new_vm(process), new_vm(process, number=1)
-    assert one.set(0, b"\x11") == Answer.refused(errno.EINVAL)
+    assert one.set(start, keys) == answer
     assert other.keys(0, 4) == bytes(4)
+
+
+@up_to_6_19
+@pytest.mark.parametrize(("start", "keys", "answer"), FAILING)
+def test_up_to_6_19_a_set_that_fails_in_one_vm_gives_r_and_c_to_touched_segments_of_the_others_too(
+    process: Process, start: int, keys: bytes, answer: Answer
+) -> None:
+    one, other = new_vm(process), new_vm(process, (0, 3), number=1)
+    other.touch(SEGMENT + 7, write=False)
+    assert one.set(start, keys) == answer
+    assert other.keys(0, 3 * SEGMENT) == bytes(SEGMENT) + b"\x06" * SEGMENT + bytes(SEGMENT)
+
+
+@up_to_6_19
+@pytest.mark.parametrize(("start", "keys", "answer"), FAILING)
+def test_up_to_6_19_what_a_set_that_failed_has_enabled_outlives_its_vm(
+    process: Process, start: int, keys: bytes, answer: Answer
+) -> None:
+    one, other = new_vm(process), new_vm(process, number=1)
+    assert one.set(start, keys) == answer
+    assert process.play(Delete(0)) == [DONE]
+    assert other.keys(0, 4) == bytes(4)
+    assert new_vm(process, number=2).keys(0, 4) == bytes(4)
+
+
+@every_kernel
+@pytest.mark.parametrize("keys", [b"\x30", b"\x30\x30\x30", b"\0\0", b"\x31\x30"])
+@pytest.mark.parametrize("start", [4 * SEGMENT, 1 << 20, (1 << 52) - 2, 1 << 63])
+def test_a_set_that_lies_in_a_hole_altogether_enables_keys_however_long_it_is(
+    process: Process, start: int, keys: bytes
+) -> None:
+    vm = new_vm(process)
+    assert vm.set(start, keys) != DONE
+    assert vm.keys(0, 4) == bytes(4)
 
 
 @every_kernel
@@ -185,3 +231,20 @@ def test_up_to_6_19_touched_segments_get_r_and_c_though_other_vms_come_and_go(
     assert stays.is_keyless()
     stays.accept(0, b"\0")
     assert stays.keys(0, 3 * SEGMENT) == bytes(SEGMENT) + b"\x06" * SEGMENT + bytes(SEGMENT)
+
+
+@up_to_6_19
+@pytest.mark.parametrize("gone", [0, 1, 2])
+@pytest.mark.parametrize("touched", [(0,), (1,), (2,), (0, 1, 2)])
+def test_up_to_6_19_whichever_vm_is_closed_the_touched_segments_of_the_others_get_r_and_c(
+    process: Process, gone: int, touched: tuple[int, ...]
+) -> None:
+    vms = [new_vm(process, (0, 2), number=number) for number in range(3)]
+    for number in touched:
+        vms[number].touch(SEGMENT + 1, write=True)
+    assert process.play(Delete(gone)) == [DONE]
+    left = [vm for vm in vms if vm.number != gone]
+    left[0].accept(0, b"\0")
+    for vm in left:
+        key = b"\x06" if vm.number in touched else b"\0"
+        assert vm.keys(0, 2 * SEGMENT) == bytes(SEGMENT) + key * SEGMENT

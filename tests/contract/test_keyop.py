@@ -27,6 +27,14 @@ def gives(key: int) -> Answer:
 
 
 @up_to_6_19
+@pytest.mark.parametrize("operation", [ISKE, RRBE, SSKE, 0, 255])
+def test_up_to_6_19_it_is_enotty_for_a_keyless_guest_too_whatever_is_asked(process: Process, operation: int) -> None:
+    vm = new_vm(process)
+    assert [keyop(vm, operation, address, 0x30) for address in (0, 4 * MIB)] == [Answer.refused(errno.ENOTTY)] * 2
+    assert vm.is_keyless()
+
+
+@up_to_6_19
 def test_up_to_6_19_it_is_not_there_and_the_capability_says_so(make_vm: MakeVm, subject: Subject) -> None:
     assert keyop(make_vm(), ISKE, 0) == Answer.refused(errno.ENOTTY)
     assert subject.shared.play(Capability(abi.KVM_CAP_S390_KEYOP)) == [Answer(0)]
@@ -54,12 +62,12 @@ def test_sske_sets_the_key_that_get_finds_and_gives_the_old_one(make_vm: MakeVm)
 
 
 @since_7_0
-@pytest.mark.parametrize("key", [0xF8, 0xFA, 0xFC, 0xFE])
-def test_rrbe_gives_the_old_r_and_c_and_takes_r_away(make_vm: MakeVm, key: int) -> None:
+def test_rrbe_gives_the_old_r_and_c_of_each_of_the_128_keys_and_takes_r_away(make_vm: MakeVm) -> None:
     vm = make_vm()
-    vm.accept(0, bytes([key, key]))
-    assert keyop(vm, RRBE, 0) == gives(key & 0x06)
-    assert vm.keys(0, 2) == bytes([key & ~0x04, key])
+    every_key = range(0, 256, 2)
+    vm.accept(0, bytes(every_key) * 2)
+    assert [keyop(vm, RRBE, gfn * PAGE) for gfn in range(128)] == [gives(key & 0x06) for key in every_key]
+    assert vm.keys(0, SEGMENT) == bytes(key & ~0x04 for key in every_key) + bytes(every_key)
 
 
 @since_7_0
@@ -91,6 +99,16 @@ def test_7_0_takes_the_number_of_an_interruption_for_the_key_of_a_frame_in_no_sl
 @pytest.mark.parametrize("address", [MIB, 3 * MIB - 1, 1 << 44, 1 << 63, (1 << 64) - 1])
 def test_since_7_2_a_frame_in_no_slot_is_efault(make_vm: MakeVm, operation: int, address: int) -> None:
     assert keyop(make_vm((0, 1), (3, 1)), operation, address, 0x30) == EFAULT
+
+
+@since_7_0
+@pytest.mark.parametrize("operation", [0, 4, 255])
+def test_an_operation_that_is_none_is_einval_in_a_keyless_guest_too(process: Process, operation: int) -> None:
+    vm = new_vm(process, (0, 1))
+    assert keyop(vm, SSKE, 0, 0x36) == gives(0)
+    assert [keyop(vm, operation, address, 0x30) for address in (0, 2 * MIB)] == [EINVAL] * 2
+    assert keyop(vm, ISKE, 0) == gives(0x36)
+    assert vm.is_keyless()
 
 
 @since_7_0
@@ -199,3 +217,46 @@ def test_keyop_works_far_up_on_its_frame_and_no_other(make_vm: MakeVm, far: int)
     assert keyop(vm, RRBE, (far + 2) * PAGE) == gives(0x06)
     assert vm.keys(far, SEGMENT) == b"\0\0\x32" + bytes(SEGMENT - 3)
     assert vm.keys(0, SEGMENT) == bytes(SEGMENT)
+
+
+@since_7_0
+@pytest.mark.parametrize("uses_keys", [True, False])
+def test_keyop_works_on_the_first_and_the_last_frame_of_each_slot(process: Process, uses_keys: bool) -> None:
+    vm = new_vm(process, (1, 1), (3, 2), (6, 1))
+    if uses_keys:
+        vm.accept(SEGMENT, b"\0")
+    ends = [SEGMENT, 2 * SEGMENT - 1, 3 * SEGMENT, 5 * SEGMENT - 1, 6 * SEGMENT, 7 * SEGMENT - 1]
+    for gfn in ends:
+        assert keyop(vm, SSKE, gfn * PAGE, 0x36) == gives(0)
+        assert keyop(vm, ISKE, gfn * PAGE + PAGE - 1) == gives(0x36)
+        assert keyop(vm, RRBE, gfn * PAGE) == gives(0x06)
+        assert keyop(vm, ISKE, gfn * PAGE) == gives(0x32)
+
+
+@since_7_0
+@pytest.mark.parametrize("given", [*range(8), 0x37, 0xFF])
+def test_sske_drops_the_reserved_bit_and_no_other_in_a_keyless_guest_too(process: Process, given: int) -> None:
+    vm = new_vm(process, (0, 1))
+    assert keyop(vm, SSKE, 3 * PAGE, given) == gives(0)
+    assert keyop(vm, ISKE, 3 * PAGE) == gives(given & 0xFE)
+
+
+@since_7_0
+@pytest.mark.parametrize("key", [0x02, 0x04, 0x06, 0x08, 0x10, 0xFE])
+def test_enabling_takes_away_whatever_key_sske_gave_a_keyless_guest_in_each_slot(process: Process, key: int) -> None:
+    vm = new_vm(process, (0, 1), (2, 1), (4, 1), (6, 1))
+    gfns = [9, 2 * SEGMENT, 4 * SEGMENT + 1, 7 * SEGMENT - 1]
+    for gfn in gfns:
+        assert keyop(vm, SSKE, gfn * PAGE, key) == gives(0)
+    vm.accept(0, b"\0")
+    assert [vm.keys(gfn, 1) for gfn in gfns] == [b"\0"] * len(gfns)
+
+
+@since_7_0
+def test_a_set_leaves_the_keys_that_sske_gave_a_guest_that_uses_keys(make_vm: MakeVm) -> None:
+    vm = make_vm((0, 1), (2, 1))
+    for gfn in (5, 2 * SEGMENT):
+        assert keyop(vm, SSKE, gfn * PAGE, 0x36) == gives(0)
+    vm.accept(0, b"\x10")
+    vm.accept(2 * SEGMENT + 1, b"\x10")
+    assert (vm.keys(4, 3), vm.keys(2 * SEGMENT, 2)) == (b"\0\x36\0", b"\x36\x10")

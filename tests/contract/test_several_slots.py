@@ -214,3 +214,18 @@ def test_up_to_6_19_enabling_gives_r_and_c_to_the_touched_segments_of_9_vms(proc
     vms[4].accept(0, b"\0")
     for vm in vms:
         assert vm.keys(SECOND, SEGMENT) == bytes([RC]) * SEGMENT
+
+
+@every_kernel
+@pytest.mark.parametrize("slots", [2, 3, 12])
+def test_a_call_reaches_over_as_many_slots_as_lie_end_to_end(make_vm: MakeVm, generation: str, slots: int) -> None:
+    vm = make_vm(*((slot, 1) for slot in range(slots)), (slots + 1, 1))
+    keys = bytes(range(2, 256, 2)) * (slots * SEGMENT // 127 + 1)
+    keys = keys[: slots * SEGMENT]
+    vm.store(0, keys)
+    vm.require_keys(0, keys)
+    # And no farther.
+    assert vm.get(0, slots * SEGMENT + 1) == hole(generation)
+    assert vm.set(0, b"\x30" * (slots * SEGMENT + 1)) == hole(generation)
+    vm.require_keys(0, b"\x30" * slots * SEGMENT)
+    assert vm.keys((slots + 1) * SEGMENT, 2) == b"\0\0"

@@ -39,6 +39,7 @@ NOT_THERE: Final = {
     **dict.fromkeys(
         (
             "tests/test_sharing.py",
+            "tests/contract/test_histories_worth.py",
             "tests/contract/test_mutations.py",
             "tests/emulated/test_not_there.py",
             "tests/faults/test_safeties.py",
