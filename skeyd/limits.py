@@ -80,6 +80,10 @@ IDLE_SECONDS: Final = 60.0
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
 """Most bytes in a message from a client."""
 
+RECEIVE_WINDOW_BYTES: Final = 262_144
+"""Bytes that a client may send ahead of what a call has asked for: those of calls that wait for a thread are in
+memory. A chunk of the default size."""
+
 WORKER_START_SECONDS: Final = 30.0
 """How long a worker may take to make its VM."""
 

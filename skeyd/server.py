@@ -178,6 +178,11 @@ class Daemon:
                 # A second daemon must not be able to share the port silently.
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", limits.MAX_MESSAGE_BYTES),
+                # Only none. Up to 1.51 grpcio looks at a message's size when it is unpacked, and then keeps the memory.
+                ("grpc.compression_enabled_algorithms_bitset", 1),
+                # By itself gRPC has windows grow with the speed of the peer, to as much as the largest message.
+                ("grpc.http2.bdp_probe", 0),
+                ("grpc.http2.lookahead_bytes", limits.RECEIVE_WINDOW_BYTES),
                 # A peer that vanished without a word holds its VM's writer lock until this finds out.
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", 10_000),

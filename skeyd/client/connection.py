@@ -41,8 +41,13 @@ BULK_SECONDS: Final = 600.0
 
 def connect(target: str | None = None) -> Client:
     """Connect to a daemon: a gRPC target, or by default the unix socket of this machine's. Nothing is sent yet."""
-    # A proxy for the web has no business with storage keys, and plaintext goes no further than loopback.
-    return Client(grpc.insecure_channel(target or default_target(), [("grpc.enable_http_proxy", 0)]))
+    options = [
+        # A proxy for the web has no business with storage keys, and plaintext goes no further than loopback.
+        ("grpc.enable_http_proxy", 0),
+        # Only none: what comes packed is unpacked before its size is looked at, by grpcio up to 1.51.
+        ("grpc.compression_enabled_algorithms_bitset", 1),
+    ]
+    return Client(grpc.insecure_channel(target or default_target(), options))
 
 
 class Client:
