@@ -108,6 +108,13 @@ SAFETIES: Final = (
         "vms/test_read_ahead.py::test_a_stream_of_chunks_as_large_as_most_has_two_slices_in_the_front",
     ),
     Safety(
+        "a chunk of which one slice is keyless has no keys",
+        "vms/read_ahead.py",
+        'answer.boolean("uses_keys") and filling.uses_keys',
+        'answer.boolean("uses_keys")',
+        "rpc/test_get_slices.py::test_a_chunk_of_which_a_slice_is_said_to_be_keyless_is_no_chunk",
+    ),
+    Safety(
         "a slice takes no longer than it may",
         "vms/pacing.py",
         "most = min(fitting, GROWTH * self.keys, SLICE_KEYS)",

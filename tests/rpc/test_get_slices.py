@@ -1,4 +1,4 @@
-"""What GetSkeys asks a worker for, slice by slice."""
+"""What GetSkeys asks a worker for, slice by slice, and what it makes of answers that contradict each other."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+from skeyd.errors import Reason, SkeydError
 from skeyd.v1 import storage_key_service_pb2 as pb
 from skeyd.vms.pacing import FIRST_KEYS
 from skeyd.worker.protocol import SLICE_KEYS
@@ -44,3 +45,16 @@ def test_slices_are_as_long_as_the_request_lets_the_kernel_be_kept(
     assert sum(worker.asked) == FRAMES
     assert worker.asked[0] == FIRST_KEYS
     assert max(worker.asked[1:]) == most
+
+
+@pytest.mark.parametrize("keyless", [0, 1, 2], ids=["first", "second", "third"])
+def test_a_chunk_of_which_a_slice_is_said_to_be_keyless_is_no_chunk(runtime_dir: Path, keyless: int) -> None:
+    # The worker wrote nothing there: the keys would be whatever the ring had.
+    parts: list[pb.GetSkeysResponse | bytes] = []
+    with FakeWorker(runtime_dir, worker := Slow(1, keyless={keyless})):
+        call = GetCall(runtime_dir, request())
+        with pytest.raises(SkeydError, match="said to use none") as failed:
+            parts += iter(call.parts)
+    assert failed.value.reason is Reason.WORKER_FAILED
+    assert sum(worker.asked[:3]) < CHUNK_KEYS, "all three are of the first chunk, and not its last"
+    assert [isinstance(part, bytes) or part.WhichOneof("part") for part in parts] == ["header"]
