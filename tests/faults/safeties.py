@@ -115,6 +115,13 @@ SAFETIES: Final = (
         "rpc/test_get_slices.py::test_a_chunk_of_which_a_slice_is_said_to_be_keyless_is_no_chunk",
     ),
     Safety(
+        "no two threads use one compressor",
+        "encoding/zstd.py",
+        "class _Tools(threading.local):\n",
+        "class _Tools:\n",
+        "encoding/test_zstd.py::test_threads_that_encode_and_decode_at_once_have_each_their_own_keys",
+    ),
+    Safety(
         "a slice takes no longer than it may",
         "vms/pacing.py",
         "most = min(fitting, GROWTH * self.keys, SLICE_KEYS)",
