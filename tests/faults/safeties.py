@@ -73,6 +73,13 @@ SAFETIES: Final = (
         "worker/test_transactions.py::test_while_a_call_runs_or_is_rolled_back_nobody_else_may_set_a_key",
     ),
     Safety(
+        "nothing is spent on a chunk that is out of place",
+        "rpc/set_skeys.py",
+        "    writing.require_next(frames)\n",
+        "",
+        "rpc/test_set_refusals.py::test_a_misplaced_chunk_is_refused_before_its_data_is_decoded",
+    ),
+    Safety(
         "a chunk's keys fit its checksum",
         "vms/writing.py",
         "        if found != crc32:\n",
