@@ -25,9 +25,10 @@ LEAVES = {
     "paths",
     "storage_key",
     "summary",
+    "turns",
     "wire",
 }
-NOT_FOR_WORKERS = {"checksum", "digest", "encoding", "limits", "paths", "summary", "wire"}
+NOT_FOR_WORKERS = {"checksum", "digest", "encoding", "limits", "paths", "summary", "turns", "wire"}
 MAY_IMPORT_OF_SKEYD = {
     "kvm": {"kvm", "linux", "storage_key"},
     "worker": {"worker", "kvm", *(LEAVES - NOT_FOR_WORKERS)},

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from skeyd import summary
 from skeyd.gfn import GfnRange
 from skeyd.summary import _PIECE, Run, Summarizer, Summary
 from tests.examples import examples
@@ -85,6 +86,20 @@ def test_any_keys_cut_in_any_way_are_counted_as_one_by_one(parts: list[Part], da
 def test_keys_of_several_pieces_are_counted_as_one_by_one(keys: bytes) -> None:
     assert counted([(0, keys, False)]) == naive([(0, keys, False)])
     assert counted([(0, keys[:1000], False), (0, keys[1000:], False)]) == naive([(0, keys, False)])
+
+
+def test_others_have_their_turn_after_each_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A piece of 32,768 random keys takes some 0.6 ms; a thread that counts a slice of them kept health checks waiting.
+    happened: list[str | int] = []
+
+    class Watched(Summarizer):
+        def _add(self, gfn: int, keys: bytes) -> None:
+            happened.append(len(keys))
+            super()._add(gfn, keys)
+
+    monkeypatch.setattr(summary, "give_way", lambda: happened.append("turn"))
+    Watched().add(GfnRange(5, 262_144), some_keys(262_144))
+    assert happened == [32_768, "turn"] * 8
 
 
 def test_every_key_has_a_count_of_its_own() -> None:

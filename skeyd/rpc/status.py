@@ -76,6 +76,12 @@ _MESSAGE_MAX: Final = 768
 _METADATA_MAX: Final = 256
 _METADATA_ENTRIES: Final = 10
 
+# What documents promise, of what becomes of the keys and of a worker. It is added last, after whatever the worker
+# itself had to tell, and is the last to be left out.
+_PROMISED: Final = frozenset(
+    {"outcome", "dirty", "next_gfn", "keys_set", "crc32", "uncertain", "enabled", "worker_log"}
+)
+
 _Status = standard.message("google.rpc.Status")
 _ErrorInfo = standard.message("google.rpc.ErrorInfo")
 _RetryInfo = standard.message("google.rpc.RetryInfo")
@@ -92,7 +98,7 @@ def abort(context: grpc.ServicerContext, error: SkeydError) -> NoReturn:
 def details(error: SkeydError) -> bytes:
     """Return the google.rpc.Status of an error, serialized."""
     status = _Status(code=STATUS[error.reason].value[0], message=_cut(error.message, _MESSAGE_MAX))
-    entries = islice(error.metadata.items(), _METADATA_ENTRIES)
+    entries = islice(sorted(error.metadata.items(), key=lambda one: one[0] not in _PROMISED), _METADATA_ENTRIES)
     metadata = {_cut(name, _METADATA_MAX // 4): _cut(value, _METADATA_MAX) for name, value in entries}
     status.details.add().Pack(_ErrorInfo(reason=error.reason.name, domain=DOMAIN, metadata=metadata))
     if error.reason in RETRY_SECONDS:

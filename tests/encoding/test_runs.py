@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tracemalloc
+from array import array
 
 import pytest
 from hypothesis import example, given, settings
@@ -113,6 +114,44 @@ def test_random_keys_are_given_up_long_before_their_end(monkeypatch: pytest.Monk
     monkeypatch.setattr(runs, "_pattern", lambda _: Watched())
     assert encode(b"\x10\x20" * (1 << 19), 1000) is None
     assert looked == [0]
+
+
+@pytest.fixture
+def happened(monkeypatch: pytest.MonkeyPatch) -> list[str | int]:
+    """Watch what is done at once, in runs or keys, and where others have their turn."""
+    found: list[str | int] = []
+    repeat, pattern = runs._repeat, runs._pattern
+
+    class Watched:
+        def __init__(self, keys: bytes) -> None:
+            self._pattern = pattern(keys)
+
+        def findall(self, keys: bytes, at: int, end: int) -> list[bytes]:
+            found.append(end - at)
+            return self._pattern.findall(keys, at, end)
+
+    def watched_repeat(keys: bytes, lengths: array[int]) -> bytes:
+        found.append(len(keys))
+        return repeat(keys, lengths)
+
+    monkeypatch.setattr(runs, "give_way", lambda: found.append("turn"))
+    monkeypatch.setattr(runs, "_pattern", Watched)
+    monkeypatch.setattr(runs, "_repeat", watched_repeat)
+    return found
+
+
+def test_others_have_their_turn_while_a_chunk_of_the_most_runs_is_decoded(happened: list[str | int]) -> None:
+    # 59 ms in all; eight streams of such chunks kept a health check waiting for a tenth of a second.
+    data = b"\x01\0" * 65_536 + b"\x10\x20" * 32_768
+    assert decode(data, 131_072) == b"\x10\x10\x20\x20" * 32_768
+    assert happened == ["turn"] * 64 + [1024, "turn"] * 64, "they are added up, and put together"
+
+
+def test_others_have_their_turn_while_keys_are_encoded(happened: list[str | int]) -> None:
+    keys = (b"\x10" * 8 + b"\x20" * 8) * 8192
+    data = encode(keys, len(keys))
+    assert data is not None
+    assert happened == ["turn"] * 8 + [16_384, "turn"] * 8, "their kinds are found, and their runs"
 
 
 @pytest.mark.parametrize(

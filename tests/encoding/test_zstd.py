@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
+import threading
 import tracemalloc
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
 
 import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from skeyd.encoding import zstd
 from skeyd.encoding.zstd import ZstdError, decode, encode, guess
 from tests.rpc.stubs import some_keys
 
+ROOT: Final = Path(__file__).parents[2]
+THREADS: Final = 4
 LINUX_LIKE = (b"\x06" * 90 + b"\x00" * 30 + b"\x16" * 60) * 100
 
 
@@ -34,6 +42,54 @@ def test_a_guess_tells_runs_from_noise() -> None:
     assert guess((LINUX_LIKE,)) < 0.3
     assert guess((some_keys(1 << 20),)) > 0.8
     assert guess((b"\x10",)) > 0
+
+
+_IN_THREADS = """
+import random, sys, threading
+from concurrent.futures import ThreadPoolExecutor
+from skeyd.encoding.zstd import decode, encode
+
+THREADS = int(sys.argv[1])
+start = threading.Barrier(THREADS)
+
+
+def run(seed):
+    rng = random.Random(seed)
+    keys = b"".join(bytes([rng.randrange(0, 256, 2)]) * rng.randrange(1, 90) for _ in range(4000))
+    start.wait()
+    return all(decode(encode(keys), len(keys)) == keys for _ in range(150))
+
+
+with ThreadPoolExecutor(THREADS) as pool:
+    print(list(pool.map(run, range(THREADS))))
+"""
+
+
+def test_threads_that_encode_and_decode_at_once_have_each_their_own_keys() -> None:
+    # In a process of its own: threads that share a compressor end it with a segmentation fault, if all goes well.
+    done = subprocess.run(
+        [sys.executable, "-c", _IN_THREADS, str(THREADS)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, f"{[True] * THREADS}\n"), done.stderr
+
+
+def test_no_two_threads_have_the_same_tools() -> None:
+    assert zstd._tools is not None
+    tools, start = zstd._tools, threading.Barrier(THREADS)
+
+    def mine(_: int) -> tuple[Any, Any]:
+        start.wait()  # each of them in a thread
+        return tools.compressor, tools.decompressor
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(mine, range(THREADS)))
+    for kind in zip(*found, strict=True):
+        assert len(set(map(id, kind))) == THREADS
 
 
 def _sizeless(keys: bytes) -> bytes:

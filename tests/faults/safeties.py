@@ -73,6 +73,13 @@ SAFETIES: Final = (
         "worker/test_transactions.py::test_while_a_call_runs_or_is_rolled_back_nobody_else_may_set_a_key",
     ),
     Safety(
+        "nothing is spent on a chunk that is out of place",
+        "rpc/set_skeys.py",
+        "    writing.require_next(frames)\n",
+        "",
+        "rpc/test_set_refusals.py::test_a_misplaced_chunk_is_refused_before_its_data_is_decoded",
+    ),
+    Safety(
         "a chunk's keys fit its checksum",
         "vms/writing.py",
         "        if found != crc32:\n",
@@ -106,6 +113,20 @@ SAFETIES: Final = (
         "min(chunk_keys, BUFFER_KEYS) + SLICE_KEYS",
         "BUFFER_KEYS + SLICE_KEYS",
         "vms/test_read_ahead.py::test_a_stream_of_chunks_as_large_as_most_has_two_slices_in_the_front",
+    ),
+    Safety(
+        "a chunk of which one slice is keyless has no keys",
+        "vms/read_ahead.py",
+        'answer.boolean("uses_keys") and filling.uses_keys',
+        'answer.boolean("uses_keys")',
+        "rpc/test_get_slices.py::test_a_chunk_of_which_a_slice_is_said_to_be_keyless_is_no_chunk",
+    ),
+    Safety(
+        "no two threads use one compressor",
+        "encoding/zstd.py",
+        "class _Tools(threading.local):\n",
+        "class _Tools:\n",
+        "encoding/test_zstd.py::test_threads_that_encode_and_decode_at_once_have_each_their_own_keys",
     ),
     Safety(
         "a slice takes no longer than it may",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import random
+import secrets
 import zlib
 from typing import Final
 
@@ -20,6 +23,8 @@ MESSAGES: Final = CHUNKS + 2
 """Header, chunks, Commit; and Begun, a Progress each, Result."""
 PIECES: Final = 24
 """Of a GetSkeys stream, at whose ends it is cut."""
+CUTS_A_RUN: Final = 40
+"""Bytes of it, others each time, at which it is cut too."""
 
 CUTS: Final = [
     Place(way, frame, nth, where, how)
@@ -80,17 +85,20 @@ def read(connection: Connection, request: pb.GetSkeysRequest, into: list[pb.GetS
         into.append(part)  # noqa: PERF402  those before an error count
 
 
-@pytest.mark.parametrize("how", ["reset", "end"])
-@pytest.mark.parametrize("piece", range(1, PIECES))
-def test_a_get_skeys_that_is_cut_off_goes_on_where_it_was(world: World, length: int, piece: int, how: str) -> None:
+def cut_and_go_on(world: World, place: Place) -> bool:
+    """Cut a GetSkeys there, and go on with what came. False where it was whole before."""
     guest = world.guest("7.2")
     held = world.held_at_rest(guest)
     request = pb.GetSkeysRequest(vm=guest.name, max_chunk_keys=CHUNK_KEYS)
     parts: list[pb.GetSkeysResponse] = []
-    with Cutter(world.front.tcp, Place("down", "", length * piece // PIECES, "", how)) as cutter:
-        with Connection(cutter.target) as connection, pytest.raises(grpc.RpcError):
+    with Cutter(world.front.tcp, place) as cutter, Connection(cutter.target) as connection:
+        try:
             read(connection, request, parts)
-        assert cutter.found
+        except grpc.RpcError:
+            assert cutter.found
+            cut = True
+        else:
+            cut = False
     chunks = [part.chunk for part in parts if part.HasField("chunk")]
     got = b"".join(chunk.data for chunk in chunks)
     assert got == OLD[: len(got)]
@@ -102,5 +110,27 @@ def test_a_get_skeys_that_is_cut_off_goes_on_where_it_was(world: World, length: 
     read(world.front.connection, request, rest)
     assert got + b"".join(part.chunk.data for part in rest if part.HasField("chunk")) == OLD
     assert (rest[-1].trailer.keys, rest[-1].trailer.crc32) == (FRAMES, zlib.crc32(OLD))
+    if not cut:
+        assert parts[-1].trailer == rest[-1].trailer
     assert world.held_at_rest(guest) == held
     world.require_keys(guest, OLD)
+    return cut
+
+
+@pytest.mark.parametrize("how", ["reset", "end"])
+@pytest.mark.parametrize("piece", range(1, PIECES))
+def test_a_get_skeys_that_is_cut_off_goes_on_where_it_was(world: World, length: int, piece: int, how: str) -> None:
+    assert cut_and_go_on(world, Place("down", "", length * piece // PIECES, "", how))
+
+
+def test_a_get_skeys_that_is_cut_off_at_any_byte_goes_on_where_it_was(world: World, length: int) -> None:
+    seed = int(os.environ.get("SKEYD_CUTS_SEED", "0")) or secrets.randbits(32)
+    print(f"SKEYD_CUTS_SEED={seed} cuts at the same bytes again")  # noqa: T201  shown where it fails
+    rng = random.Random(seed)  # noqa: S311  no secret
+    cuts = 0
+    for nth in rng.sample(range(1, length + 1), CUTS_A_RUN):
+        place = Place("down", "", nth, "", rng.choice(("reset", "end")))
+        print(place)  # noqa: T201  shown where it fails
+        cuts += cut_and_go_on(world, place)
+    # Behind the last message there are some bytes more, at which nothing is missing.
+    assert cuts >= CUTS_A_RUN // 2

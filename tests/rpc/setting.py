@@ -70,6 +70,12 @@ BAD_CHUNKS = {
     "leaves-a-frame-out": BadChunk(chunk(0x109, GOOD[1:]), INVALID, "CHUNK_OUT_OF_ORDER", ["0x108", "0x109"]),
     "comes-again": BadChunk(chunk(0x100, GOOD), INVALID, "CHUNK_OUT_OF_ORDER", ["0x108", "0x100"]),
     "overlaps": BadChunk(chunk(0x107, GOOD), INVALID, "CHUNK_OUT_OF_ORDER", ["0x108", "0x107"]),
+    "leaves-a-frame-out-and-is-undecodable": BadChunk(
+        chunk(0x109, GOOD[1:], encoding=pb.ENCODING_RUNS, data=b"\xff\xff\x10"),
+        INVALID,
+        "CHUNK_OUT_OF_ORDER",
+        ["0x108", "0x109"],
+    ),
     "before-the-range": BadChunk(chunk(0xFF, GOOD), INVALID, "CHUNK_OUT_OF_ORDER", ["0x108", "0xff"]),
     "of-the-next-range": BadChunk(chunk(0x500, GOOD), INVALID, "CHUNK_OUT_OF_ORDER", ["0x108", "0x500"]),
     "across-the-end": BadChunk(

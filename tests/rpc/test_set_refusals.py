@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 import grpc
 import pytest
 
+from skeyd.encoding import codec
+from skeyd.errors import Reason, SkeydError
+from skeyd.rpc import set_skeys
 from skeyd.v1 import storage_key_service_pb2 as pb
 from skeyd.v1 import vm_pb2
 from tests.rpc.fixtures import NewVm
@@ -25,6 +28,8 @@ from tests.rpc.stubs import (
     refusal,
     some_keys,
 )
+from tests.vms.fake_session import FakeSession
+from tests.vms.writings import begin
 
 
 class Bad(NamedTuple):
@@ -183,6 +188,33 @@ def test_a_guest_that_was_made_to_use_keys_uses_them_for_good_and_is_told_so(
     assert (error.metadata["outcome"], error.metadata["enabled"]) == ("KEPT" if keep else "ROLLED_BACK", "true")
     assert stubs.look_at(vm).uses_storage_keys
     assert stubs.get(vm).keys == (GOOD if keep else bytes(8)) + bytes(248)
+
+
+@pytest.mark.parametrize(
+    "misplaced",
+    [chunk(0x109, GOOD[1:]), chunk(0x107, GOOD), chunk(0x108, GOOD + GOOD[:1]), chunk(0x500, GOOD)],
+    ids=["leaves-a-frame-out", "overlaps", "across-the-end", "elsewhere"],
+)
+def test_a_misplaced_chunk_is_refused_before_its_data_is_decoded(
+    monkeypatch: pytest.MonkeyPatch, misplaced: pb.SetSkeysRequest
+) -> None:
+    # Nothing is spent on what is refused whatever it holds; and a client is told that it is out of step, and not that
+    # its data is bad.
+    decoded: list[int] = []
+    decode = codec.decode
+
+    def watched(encoding: int, data: bytes | memoryview, count: int) -> bytes | memoryview:
+        decoded.append(count)
+        return decode(encoding, data, count)
+
+    monkeypatch.setattr(codec, "decode", watched)
+    writing = begin(FakeSession((0x100, 16)), (0x100, 16))
+    set_skeys._set(writing, chunk(0x100, GOOD).chunk)
+    assert decoded == [8]
+    with pytest.raises(SkeydError) as caught:
+        set_skeys._set(writing, misplaced.chunk)
+    assert caught.value.reason is Reason.CHUNK_OUT_OF_ORDER
+    assert decoded == [8]
 
 
 BAD_OPTIONS: dict[str, dict[str, Any]] = {

@@ -74,6 +74,33 @@ def test_details_are_bounded_and_readable_whatever_an_error_says(message: str, m
     assert info.reason == "VM_BUSY"
 
 
+@pytest.mark.parametrize("foreign", [9, 10, 100])
+@pytest.mark.parametrize(
+    "promised",
+    [
+        {"outcome": "UNCHANGED"},
+        {"outcome": "DIRTY", "dirty": "0x10-0x1f", "enabled": "true"},
+        {
+            "outcome": "KEPT",
+            "enabled": "true",
+            "next_gfn": "0x10",
+            "keys_set": "16",
+            "crc32": "0x12345678",
+            "uncertain": "0x10-0x1f",
+        },
+    ],
+    ids=lambda promised: promised["outcome"],
+)
+def test_no_entries_of_a_workers_leave_out_what_became_of_the_keys(promised: dict[str, str], foreign: int) -> None:
+    theirs = {f"theirs_{number}": "x" for number in range(foreign)}
+    error = SkeydError(Reason.KEYS_NOT_STORED, "lost", {"gfn": "0x10", **theirs})
+    error.metadata.update(promised)  # as KeyWriting does, when all else is known
+    found = dict(parsed(error)[1].metadata)
+    assert found.items() >= promised.items()
+    assert found["gfn"] == "0x10", "of the rest the first are kept"
+    assert len(found) == 10
+
+
 class Service:
     """A method that fails as it is told, on a server with nothing else: what the client gets of an error."""
 

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -131,6 +131,38 @@ class FakeWorker:
         self.close()
         if self._errors and error is None:
             raise self._errors[0]
+
+
+class Slow:
+    """A script: a worker of a guest whose keys are all 0, which takes its time, as it says itself.
+
+    Synchronization: it is read when the FakeWorker is closed.
+    """
+
+    def __init__(self, nanoseconds_a_key: int, keyless: Collection[int] = ()) -> None:
+        self._nanoseconds_a_key = nanoseconds_a_key
+        self._keyless = keyless
+        """By number of the slice, counted from 0: those for which it says that the guest uses no keys."""
+        self.asked: list[int] = []
+        """How many keys each slice had."""
+
+    def __call__(self, caller: Caller) -> None:
+        """Answer until the front hangs up."""
+        caller.say(hello())
+        while data := caller.connection.recv(MESSAGE_MAX):
+            match json.loads(data):
+                case {"op": "attach"}:
+                    fd = sealed_memfd("skeyd-test", BUFFER_BYTES)
+                    caller.say({"ok": {}}, fd)
+                    os.close(fd)
+                case {"op": "status"}:
+                    caller.say({"ok": {"uses_keys": True}})
+                case {"op": "get", "count": count}:
+                    uses_keys = len(self.asked) not in self._keyless
+                    self.asked.append(count)
+                    caller.say({"ok": {"uses_keys": uses_keys, "ns": count * self._nanoseconds_a_key}})
+                case other:
+                    raise AssertionError(f"the front said {other}")
 
 
 def says(*messages: dict[str, Any] | bytes) -> Script:

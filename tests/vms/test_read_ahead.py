@@ -39,6 +39,8 @@ class Worker:
         self.waiting: deque[dict[str, Any]] = deque()
         self.most_waiting = 0
         self.keyless_from: int | None = None
+        self.keyless_at: int | None = None
+        """The first gfn of one slice that alone is said to be of a guest that uses no keys."""
 
     def send(self, request: dict[str, Any]) -> None:
         assert request["op"] == "get"
@@ -51,7 +53,8 @@ class Worker:
     def take(self) -> Fields:
         request = self.waiting.popleft()
         self.fill(request)
-        keyless = self.keyless_from is not None and request["start"] >= self.keyless_from
+        start = request["start"]
+        keyless = start == self.keyless_at or (self.keyless_from is not None and start >= self.keyless_from)
         ns = round(request["count"] * self.nanoseconds_a_key)
         return Fields({"uses_keys": not keyless, "ns": ns}, "answer")
 
@@ -174,6 +177,16 @@ def test_a_guest_that_uses_no_keys_has_no_views() -> None:
     worker.keyless_from = SLICE_KEYS
     found = [chunk.copy() for chunk in worker.read([GfnRange(0, 4), GfnRange(SLICE_KEYS - 1, 1 << 19)])]
     assert found == [_keys(GfnRange(0, 4)), None]
+
+
+@pytest.mark.parametrize("slice_start", [0, FIRST_KEYS, 5 * FIRST_KEYS], ids=["first", "second", "third"])
+def test_a_chunk_of_which_one_slice_is_keyless_has_no_views(slice_start: int) -> None:
+    # What a broken worker calls keyless it has not written: there are the keys of whatever was there before.
+    worker = Worker()
+    worker.keyless_at = slice_start
+    found = [chunk.copy() for chunk in worker.read([GfnRange(0, SLICE_KEYS), GfnRange(1 << 20, 4)])]
+    assert [one["start"] for one in worker.requests[:3]] == [0, FIRST_KEYS, 5 * FIRST_KEYS]
+    assert found == [None, _keys(GfnRange(1 << 20, 4))]
 
 
 def test_a_chunk_that_is_left_unreleased_keeps_no_memory() -> None:

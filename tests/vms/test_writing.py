@@ -10,17 +10,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from skeyd.errors import Reason
+from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange, Ranges
 from skeyd.vms.pacing import FIRST_KEYS, GROWTH
 from skeyd.vms.registry import Registry
 from skeyd.vms.runtime import RuntimeDirectory
 from skeyd.vms.starter import ChildStarter
-from skeyd.vms.writing import KeyWriting, Progress, WriteOptions
+from skeyd.vms.writing import KeysDigest, KeyWriting, Progress, WriteOptions
 from skeyd.worker.protocol import SLICE_KEYS
 from tests.examples import examples
 from tests.processes import children, end
 from tests.vms.fake_session import FakeSession
+from tests.vms.fake_worker import FakeWorker, Slow
+from tests.vms.sessions import opened
 from tests.vms.writings import MEMORY, begin, error_of, new, refusal_of, write_chunk
 from tests.worker.specs import simulated
 
@@ -114,6 +116,20 @@ def test_slices_are_as_long_as_the_kernel_may_be_kept(limit: float, most: int) -
     assert sum(sizes) == size
     assert max(sizes[1:]) == most
     assert sizes[0] == FIRST_KEYS
+
+
+@pytest.mark.parametrize(("limit", "most"), [(1.0, SLICE_KEYS), (0.010, 66_560), (0.001, 6_656)])
+def test_the_slices_of_a_digest_are_as_long_as_the_kernel_may_be_kept(
+    runtime_dir: Path, limit: float, most: int
+) -> None:
+    worker = Slow(150)
+    expected = KeysDigest(b"\x10" * 32, with_referenced_changed=False)
+    with FakeWorker(runtime_dir, worker), opened(runtime_dir) as session, pytest.raises(SkeydError) as refused:
+        begin(session, (0, 4 * SLICE_KEYS), validate_only=True, expected=expected, slice_seconds=limit)
+    assert refused.value.reason is Reason.EXPECTED_DIGEST_MISMATCH
+    assert sum(worker.asked) == 4 * SLICE_KEYS
+    assert worker.asked[0] == FIRST_KEYS
+    assert max(worker.asked[1:]) == most
 
 
 @given(
