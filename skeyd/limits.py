@@ -99,3 +99,12 @@ WORKER_END_SECONDS: Final = 30.0
 
 DRAIN_SECONDS: Final = 10.0
 """How long running calls may go on after SIGTERM; then they are cut."""
+
+MAX_LOG_BYTES: Final = 1024 * 1024
+"""Most bytes of the log that wait to be read, some 5,000 lines. What is beyond is lost and counted."""
+
+MAX_LOG_LINE_BYTES: Final = 16 * 1024
+"""Most bytes in a line of the log. Of texts that are too long the middle is left out."""
+
+LOG_FLUSH_SECONDS: Final = 2.0
+"""How long the end, after DRAIN_SECONDS at most, may wait for who reads standard error."""

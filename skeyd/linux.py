@@ -10,6 +10,7 @@ import fcntl
 import os
 import signal
 import socket
+import stat
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ MAP_NORESERVE: Final = 0x4000
 
 _SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _UCRED: Final = struct.Struct("=iII")
+_TIMEVAL: Final = struct.Struct("ll")
 
 
 def take_lock(fd: int) -> bool:
@@ -110,3 +112,23 @@ def signals_by_socket(numbers: Iterable[int]) -> Iterator[tuple[socket.socket, s
 
 def _noted(*_: object) -> None:
     pass  # by the socket
+
+
+def write_in_vain(fd: int, seconds: int = 1) -> None:
+    """Have nobody who writes to this pipe or socket wait for its reader: what there is no room for gets EAGAIN.
+
+    For who doesn't ask, as libraries in C that write to standard error. On a pipe at once, and only where it is written
+    to through this number: the parent's flags are its own. On a socket after so many seconds, since it can't be opened
+    anew. Anything else is left as it is, and so is a pipe that this user may not open.
+    """
+    kind = os.fstat(fd).st_mode
+    if stat.S_ISFIFO(kind):
+        try:
+            anew = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return
+        os.dup2(anew, fd, inheritable=os.get_inheritable(fd))
+        os.close(anew)
+    elif stat.S_ISSOCK(kind):
+        with socket.socket(fileno=os.dup(fd)) as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(seconds, 0))

@@ -296,8 +296,8 @@ def _loopback(text: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the daemon until SIGTERM or SIGINT. Exits 0 then, EXIT_UNUSABLE where it can't begin."""
     settings = parse(arguments)
+    malloc.tune()  # before the log has a thread
     log = logs.configure(settings.log_format)
-    malloc.tune()
     # Each connection and each worker that is asked takes a descriptor; the usual soft limit of 1,024 is for select().
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, _DESCRIPTORS), most))

@@ -27,6 +27,7 @@ from skeyd.linux import (
     sealed_memfd,
     signals_by_socket,
     take_lock,
+    write_in_vain,
 )
 from tests.daemon import DaemonProcess
 
@@ -276,3 +277,54 @@ def test_a_signal_that_comes_just_before_the_wait_ends_the_daemon(runtime_dir: P
             assert daemon.wait() == 0
     finally:
         daemon.end_everything()
+
+
+# --- writing to who doesn't read -----------------------------------------------------------------------------------
+
+
+def write_for_ever(fd: int) -> None:
+    while True:
+        os.write(fd, bytes(4096))
+
+
+def test_a_full_pipe_keeps_nobody_waiting_and_its_other_writers_have_it_as_it_was() -> None:
+    reader, fd = os.pipe()
+    others = os.dup(fd)
+    try:
+        write_in_vain(fd)
+        with pytest.raises(BlockingIOError):
+            write_for_ever(fd)
+        assert os.get_blocking(others)
+        assert not os.get_inheritable(fd)
+        os.set_inheritable(others, True)
+        write_in_vain(others)
+        assert os.get_inheritable(others)
+        assert not os.get_blocking(others)
+    finally:
+        for one in (reader, fd, others):
+            os.close(one)
+
+
+def test_a_full_socket_keeps_nobody_waiting_for_long() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        write_in_vain(ours.fileno())
+        with pytest.raises(BlockingIOError):
+            write_for_ever(ours.fileno())
+
+
+def test_files_and_pipes_without_a_reader_are_left_as_they_are(tmp_path: Path) -> None:
+    reader, fd = os.pipe()
+    os.close(reader)
+    file = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    try:
+        write_in_vain(fd)
+        with pytest.raises(BrokenPipeError):
+            os.write(fd, b"a")
+        os.write(file, b"a")
+        write_in_vain(file)
+        os.write(file, b"b")
+        assert (tmp_path / "log").read_bytes() == b"ab"
+    finally:
+        os.close(fd)
+        os.close(file)

@@ -6,9 +6,11 @@ import json
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -18,9 +20,10 @@ from typing import Any
 import grpc
 import pytest
 
+from skeyd import limits, server
 from tests.daemon import DaemonProcess
 from tests.rpc.fixtures import new_vm, stubs
-from tests.rpc.standard_services import check
+from tests.rpc.standard_services import SERVING, check
 from tests.rpc.stubs import SECONDS, Stubs, chunk, commit, header, new_id, refused
 
 __all__ = ["new_vm", "stubs"]
@@ -188,3 +191,194 @@ def test_json_can_be_asked_for_on_a_terminal(runtime_dir: Path) -> None:
         if theirs >= 0:
             os.close(theirs)
     assert json.loads(text)["event"] == "serving"
+
+
+# Where nobody reads it
+
+A_LONG_ID = "\U000e0001" * 80
+"""An id that makes some kilobyte of a line."""
+REFUSED = 1_500
+"""Calls that are logged with it: more lines than wait, with those of 2,000 health checks."""
+
+
+def lines_in(text: bytes) -> list[dict[str, Any]]:
+    assert text.endswith(b"\n")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def rest_of(process: subprocess.Popen[bytes], so_far: bytes) -> list[dict[str, Any]]:
+    """Read until the end, and wait for it."""
+    assert process.stderr is not None
+    text = so_far + process.stderr.read()
+    assert process.wait(SECONDS) == 0
+    return lines_in(text)
+
+
+def a_socket() -> tuple[int, int]:
+    """As systemd's journal has it."""
+    ours, theirs = socket.socketpair()
+    return ours.detach(), theirs.detach()
+
+
+def test_a_log_that_nobody_reads_keeps_no_call_waiting_and_tells_what_is_lost_when_it_is_read_again(
+    runtime_dir: Path,
+) -> None:
+    with a_daemon(runtime_dir, subprocess.PIPE) as process:
+        assert process.stderr is not None
+        text = lines_until(process.stderr.fileno(), b"serving")
+        with Stubs(f"unix:{runtime_dir}/skeyd.sock") as stubs:
+            for _ in range(2_000):
+                assert check(stubs.channel) == SERVING
+            for _ in range(REFUSED):
+                refused(partial(stubs.create, A_LONG_ID, (0, 1)))
+            text += lines_until(process.stderr.fileno(), b"log lines lost")
+            for _ in range(3):
+                assert check(stubs.channel) == SERVING
+        process.send_signal(signal.SIGTERM)
+        lines = rest_of(process, text)
+    (gap,) = (number for number, line in enumerate(lines) if line["event"] == "log lines lost")
+    assert lines[gap]["level"] == "error"
+    before, after = lines[1:gap], lines[gap + 1 :]
+    assert len(before) + lines[gap]["lines"] == 2_000 + REFUSED
+    assert [line["code"] for line in before[:2_001]] == ["OK"] * 2_000 + ["INVALID_ARGUMENT"]
+    assert [line["event"] for line in after] == ["rpc"] * 3 + ["draining", "stopped"]
+    times = [line["timestamp"] for line in before]
+    assert times == sorted(times)
+
+
+@pytest.mark.parametrize("make", [os.pipe, a_socket], ids=["pipe", "socket"])
+def test_sigterm_ends_a_daemon_whose_log_nobody_reads(make: Callable[[], tuple[int, int]], runtime_dir: Path) -> None:
+    reader, stderr = make()
+    with os.fdopen(reader, "rb") as log, a_daemon(runtime_dir, stderr) as process:
+        os.close(stderr)
+        text = lines_until(reader, b"serving")
+        with Stubs(f"unix:{runtime_dir}/skeyd.sock") as stubs:
+            for _ in range(2_000):
+                assert check(stubs.channel) == SERVING
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(limits.DRAIN_SECONDS + SECONDS) == 0
+        assert time.monotonic() - began < limits.DRAIN_SECONDS + limits.LOG_FLUSH_SECONDS
+        # What there was room for is there, and is whole but for its end.
+        text += log.read()
+    assert lines_in(text[: text.rindex(b"\n") + 1])[-1]["code"] == "OK"
+
+
+def test_what_waits_at_the_end_is_written_where_it_is_read_then(runtime_dir: Path) -> None:
+    with a_daemon(runtime_dir, subprocess.PIPE) as process:
+        assert process.stderr is not None
+        text = lines_until(process.stderr.fileno(), b"serving")
+        with Stubs(f"unix:{runtime_dir}/skeyd.sock") as stubs:
+            for _ in range(2_000):
+                assert check(stubs.channel) == SERVING
+        process.send_signal(signal.SIGTERM)
+        lines = rest_of(process, text)
+    assert [line["event"] for line in lines] == ["serving", *["rpc"] * 2_000, "draining", "stopped"]
+
+
+def test_a_daemon_whose_log_cant_be_written_goes_on_and_ends_in_order(runtime_dir: Path) -> None:
+    # As a file on a full disk, and as a pipe or a socket whose reader is gone.
+    reader, broken = os.pipe()
+    os.close(reader)
+    full = os.open("/dev/full", os.O_WRONLY)
+    try:
+        for stderr in (full, broken):
+            with a_daemon(runtime_dir, stderr) as process:
+                with grpc.insecure_channel(f"unix:{runtime_dir}/skeyd.sock") as channel:
+                    grpc.channel_ready_future(channel).result(SECONDS)
+                    assert [check(channel) for _ in range(20)] == [SERVING] * 20
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(limits.DRAIN_SECONDS + SECONDS) == 0
+    finally:
+        os.close(full)
+        os.close(broken)
+
+
+def run(program: str, stderr: int = subprocess.PIPE) -> tuple[int, list[dict[str, Any]]]:
+    """Run a program that logs; its exit status and its lines."""
+    done = subprocess.run(
+        [sys.executable, "-c", program], stdin=subprocess.DEVNULL, stderr=stderr, timeout=SECONDS, check=False
+    )
+    return done.returncode, lines_in(done.stderr) if done.stderr else []
+
+
+def write_for_ever(fd: int) -> None:
+    while True:
+        os.write(fd, bytes(4096))
+
+
+CRASH = """
+from skeyd import logs
+log = logs.configure("json")
+log.info("before")
+raise LookupError("a mistake")
+"""
+
+
+def test_an_exception_that_ends_the_process_is_the_last_line() -> None:
+    status, lines = run(CRASH)
+    assert status == 1
+    assert [line["event"] for line in lines] == ["before", "failed"]
+    assert lines[1]["level"] == "critical"
+    assert lines[1]["exception"].startswith("Traceback")
+    assert lines[1]["exception"].endswith("LookupError: a mistake")
+
+
+def test_a_process_that_fails_ends_whoever_reads_its_log(runtime_dir: Path) -> None:
+    reader, full = os.pipe()
+    try:
+        os.set_blocking(full, False)
+        with pytest.raises(BlockingIOError):
+            write_for_ever(full)
+        os.set_blocking(full, True)
+        assert run(CRASH, full) == (1, [])
+        (runtime_dir / "skeyd.sock").touch()
+        main = f"from skeyd import server; server.main(['--runtime-dir', {str(runtime_dir)!r}])"
+        assert run(main, full) == (server.EXIT_UNUSABLE, [])
+    finally:
+        os.close(reader)
+        os.close(full)
+
+
+def test_lines_of_python_and_its_libraries_go_the_same_way_in_the_same_order() -> None:
+    status, lines = run("""
+import logging, threading, warnings
+from skeyd import logs
+log = logs.configure("json")
+logging.getLogger("grpc._server").error("of %s", "grpc", exc_info=ValueError("its own"))
+log.warning("ours", lines=5)
+warnings.warn("a warning")
+thread = threading.Thread(target=lambda: 1 / 0, name="one")
+thread.start()
+thread.join()
+class Unwritable:
+    def __str__(self):
+        raise OSError
+logging.info(Unwritable())
+logs.flush()
+""")
+    assert status == 0
+    assert [line["level"] for line in lines] == ["error", "warning", "warning", "error", "error"]
+    assert lines[0]["event"] == "of grpc"
+    assert lines[0]["exception"] == "ValueError: its own"
+    assert lines[1]["lines"] == 5
+    assert "a warning" in lines[2]["event"]
+    assert (lines[3]["event"], lines[3]["thread"]) == ("thread failed", "one")
+    assert lines[3]["exception"].endswith("ZeroDivisionError: division by zero")
+    assert (lines[4]["event"], lines[4]["lines"]) == ("log lines lost", 1), "it could not be made"
+
+
+def test_a_line_has_an_end_whatever_it_is_about() -> None:
+    status, lines = run("""
+from skeyd import logs
+log = logs.configure("json")
+log.error("long", error="a" * 9_000 + "z", metadata={"path": "b" * 9_000}, number=5)
+log.error("wide", **{f"field{number}": "\U0001f511" * 4_000 for number in range(5)})
+log.error("wide", **{f"field{number}": "\U0001f511" * 4_000 for number in range(5)}, exc_info=ValueError("c" * 9_000))
+""")
+    assert status == 0
+    assert lines[0]["error"] == "a" * 2048 + " […] " + "a" * 2047 + "z"
+    assert lines[0]["metadata"]["path"] == "b" * 2048 + " […] " + "b" * 2048
+    assert lines[0]["number"] == 5
+    assert lines[1]["field4"] == "\U0001f511" * 64 + " […] " + "\U0001f511" * 64
+    assert all(len(json.dumps(line)) < limits.MAX_LOG_LINE_BYTES for line in lines)
