@@ -1,21 +1,22 @@
-"""A place for the stub in a process that has none: the end of a program's or library's code, behind its last byte.
+"""A place for the stub in a process that has none: behind the last byte of the vDSO's code, or of a library's.
 
-A segment of code rarely ends where a page does; what lies between is mapped, executable, zero, and no part of the
-program. `Cave.find` knows from the program headers where it begins, and takes its last 64 bytes. There lie
+A segment of code rarely ends where a page does; what lies between is mapped, executable, and no part of the program.
+`Cave.find` knows from the program headers where it begins, and takes its last 64 bytes, where they are zero. There lie
 
 - the stub (`Machine.STUB`), the same bytes whoever writes it, so several tracers and threads can use it at once;
 - a note: where in the process a buffer is, or is about to be. It is written before the buffer is mapped and taken away
   after it is unmapped, so that whoever comes after a killed tracer finds what that one left.
 
-Writing there gives the process a copy of that page of its own (the file and other processes see nothing), which it
-keeps when the bytes are zero again.
+Writing there gives the process a copy of that page of its own (files and other processes see nothing), which it keeps
+when the bytes are zero again. The vDSO comes first: every program has it, it never moves, and few programs of s390x
+have room anywhere else, since their data begins in the same page of the file.
 """
 
 from __future__ import annotations
 
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from skeyd.injection import memory, proc, ptrace
@@ -52,12 +53,17 @@ class Cave:
     def find(cls, pid: int, machine: Machine) -> Cave:
         """Return the place that has a stub or a note already, or else the first that is free. UnsupportedError."""
         free = None
-        for address in _places(pid):
-            content = memory.read(pid, address, SIZE)
-            if not any(content):
-                free = free or cls(pid, address, machine)
-            elif _is_ours(content, machine):
+        everything = mappings(pid)
+        for address in _in_vdso(pid, everything):
+            if _is_ours(memory.read(pid, address, SIZE), machine):
                 return cls(pid, address, machine)
+        # Libraries come and go, so which of them is the first changes.
+        for address in _in_files(pid, everything):
+            content = memory.read(pid, address, SIZE)
+            if any(content) and _is_ours(content, machine):
+                return cls(pid, address, machine)
+            if not any(content) and free is None:
+                free = cls(pid, address, machine)
         if free is None:
             raise UnsupportedError(pid, f"no code of process {pid} ends {SIZE} bytes before a page does")
         return free
@@ -115,8 +121,15 @@ def _is_ours(content: bytes, machine: Machine) -> bool:
     return all(word in (right, bytes(_WORD)) for word, right in zip(words, wanted, strict=True)) and not any(rest)
 
 
-def _places(pid: int) -> Iterator[int]:
-    everything = mappings(pid)
+def _in_vdso(pid: int, everything: Sequence[Mapping]) -> Iterator[int]:
+    for code in everything:
+        if code.path == "[vdso]" and code.access == "r-xp":
+            end = _end_of_code(pid, code, code)
+            if end is not None and code.end - end >= SIZE:
+                yield code.end - SIZE
+
+
+def _in_files(pid: int, everything: Sequence[Mapping]) -> Iterator[int]:
     starts = {(one.device, one.inode, one.start): one for one in everything if one.inode and one.offset == 0}
     for code in everything:
         if code.access != "r-xp" or not code.inode:
@@ -145,7 +158,9 @@ def _end_of_code(pid: int, head: Mapping, code: Mapping) -> int | None:
     for kind, flags, offset, _, _, in_file, in_memory, _ in _PHDR.iter_unpack(headers):
         begin = offset - offset % _PAGE
         pages = -(-(offset % _PAGE + in_file) // _PAGE) * _PAGE
-        is_it = kind == _PT_LOAD and flags & _PF_X and begin == code.offset and pages == code.end - code.start
+        # The kernel maps all of the vDSO's file, section headers too; of another file, the segment's pages.
+        size_fits = pages <= code.end - code.start if not code.inode else pages == code.end - code.start
+        is_it = kind == _PT_LOAD and flags & _PF_X and begin == code.offset and size_fits
         if is_it and in_file == in_memory:
             end: int = code.start + offset % _PAGE + in_file
             return end

@@ -105,12 +105,16 @@ def _instruction_length(system_call: bytes) -> int:
 
 
 def enter(tid: int, saved: Saved, stub: int, block: int, call: Call) -> None:
-    """Set the registers for a call. The kernel restarts none: r2 has no more what asks for it."""
+    """Set the registers for a call. The kernel restarts none: r2 has no more what asks for it.
+
+    ValueError: its first argument would ask for it.
+    """
     values = list(_GENERAL.unpack(saved.general))
     gprs = values[2:18]
-    gprs[1], gprs[15] = call.number, block
-    for number, value in enumerate(call.arguments):
-        gprs[2 + number] = value & WORD
+    arguments = [value & WORD for value in call.arguments] + [0] * (6 - len(call.arguments))
+    if signed(arguments[0]) in INTERRUPTED:
+        raise ValueError(f"{arguments[0]:#x} can't be the first argument of a call")
+    gprs[1], gprs[2:8], gprs[15] = call.number, arguments, block
     general = _GENERAL.pack(values[0], stub, *gprs, values[_ACCESS], 0)
     ptrace.set_regset(tid, NT_PRSTATUS, general)
 

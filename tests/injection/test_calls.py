@@ -33,6 +33,8 @@ FUTEX = 202 if X86 else 238
 PAUSE = 34 if X86 else 29
 FIONREAD = 0x541B
 
+SLICES = int(os.environ.get("SKEYD_SLICES", "1000"))
+
 
 def hold(pid: int, times: int = 1) -> None:
     """Have the first thread make a few calls."""
@@ -70,12 +72,12 @@ def test_a_wait_that_is_interrupted_lasts_as_long_as_it_was_to(mode: str) -> Non
 
 def test_time_spent_waiting_is_not_spent_again() -> None:
     for mode in ("ppoll", "poll", "nanosleep", "futex"):
-        with Victim(mode, "300") as victim:
+        with Victim(mode, "1000") as victim:
             begin = time.monotonic()
-            while time.monotonic() - begin < 0.25:
+            while time.monotonic() - begin < 0.8:
                 hold(victim.pid)
-            # Had each call begun anew, it would be over 0.3 s after the last of them at the earliest.
-            assert victim.result().seconds < 0.5
+            # Had each call begun anew, it would be over 1 s after the last of them at the earliest.
+            assert victim.result().seconds < 1.7
 
 
 @pytest.mark.parametrize(
@@ -118,12 +120,12 @@ def test_an_interpreter_goes_on() -> None:
         assert victim.ping() == 499500
 
 
-def test_a_thousand_slices_leave_a_process_as_it_was() -> None:
+def test_slices_leave_a_process_as_it_was() -> None:
     with Victim("loop") as victim, Target(victim.pid) as target:
         hold(victim.pid)
         wait_for(lambda: victim.total() > 3)
         before = victim.look()
-        for _ in range(1000):
+        for _ in range(SLICES):
             with Injection(target, seconds=SECONDS) as injection:
                 buffer = Buffer.open(injection, 5000)
                 assert injection.ioctl(0, FIONREAD, buffer.address) == 0

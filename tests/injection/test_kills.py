@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,7 @@ def test_a_tracer_that_is_killed_at_any_moment_harms_nothing() -> None:
         before = victim.look()
         for _ in range(KILLS):
             for one in (victim, interpreter):
-                kill_after(one.pid, rng.random() * 0.03)
+                kill_after(partial(session, one.pid), rng.random() * 0.03)
             turns(victim)
             assert interpreter.ping() == 499500
         in_child(victim.pid)

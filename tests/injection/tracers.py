@@ -80,14 +80,14 @@ def _do(action: Callable[[], None]) -> NoReturn:
         os._exit(status)
 
 
-def count_steps(pid: int) -> int:
-    """Return how many steps a session has."""
+def count_steps_of(action: Callable[[], None]) -> int:
+    """Return how many steps something has."""
     reading, writing = os.pipe()
 
     def counted() -> None:
         steps = Steps()
         steps.install()
-        session(pid)
+        action()
         os.write(writing, str(steps.count).encode())
 
     child = fork(counted)
@@ -96,6 +96,11 @@ def count_steps(pid: int) -> int:
         said = file.read()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     return int(said)
+
+
+def count_steps(pid: int) -> int:
+    """Return how many steps a session has."""
+    return count_steps_of(lambda: session(pid))
 
 
 def kill_at(pid: int, step: int, after: bool) -> bool:
@@ -110,12 +115,12 @@ def kill_at(pid: int, step: int, after: bool) -> bool:
     return status != 0
 
 
-def kill_after(pid: int, seconds: float) -> None:
-    """Have sessions one after another killed, after some seconds."""
+def kill_after(action: Callable[[], None], seconds: float) -> None:
+    """Have something that is done over and over killed, after some seconds."""
 
     def busy() -> None:
         while True:
-            session(pid)
+            action()
 
     child = fork(busy)
     end = time.monotonic() + seconds

@@ -23,10 +23,12 @@ from tests.processes import look_at
 SOURCE: Final = Path(__file__).with_name("victim.c")
 SECONDS: Final = 30.0
 """For what comes at once, on however busy a machine."""
+PROGRAM: Final = "SKEYD_VICTIM"
+"""Names the victim where there is no compiler, as on an emulated host."""
 REQUIRE: Final = "SKEYD_REQUIRE_INJECTION"
 
 _MOVES: Final = (
-    *("State", "VmRSS", "VmHWM", "RssAnon", "RssFile", "VmPTE"),
+    *("State", "VmRSS", "VmHWM", "RssAnon", "RssFile", "RssShmem", "VmPTE"),
     *("voluntary_ctxt_switches", "nonvoluntary_ctxt_switches", "SigQ"),
 )
 """What of /proc/PID/status changes by itself; SigQ is the user's. RSS has the one page of text that is a copy."""
@@ -41,7 +43,9 @@ def cannot(why: str) -> None:
 
 @cache
 def program() -> str:
-    """Compile the victim, once; the file goes with the session's temporary directory."""
+    """Compile the victim, once, or take one that somebody has compiled."""
+    if PROGRAM in os.environ:
+        return os.environ[PROGRAM]
     directory = Path(tempfile.mkdtemp(prefix="skeyd-victim-"))
     done = subprocess.run(
         ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", "-o", directory / "victim", SOURCE],
@@ -56,7 +60,7 @@ def program() -> str:
 
 def require_victims() -> None:
     """Skip where no victim can be made, or none traced."""
-    if shutil.which("gcc") is None:
+    if PROGRAM not in os.environ and shutil.which("gcc") is None:
         cannot("the victim is a C program, and there is no gcc")
     if os.geteuid() != 0 and Path(YAMA).exists() and Path(YAMA).read_text().strip() != "0":
         cannot("only root may trace here (Yama)")
@@ -149,14 +153,19 @@ class Victim:
 
     def look(self) -> dict[str, object]:
         """Return what /proc says of it and should be the same afterwards."""
-        proc = Path(f"/proc/{self.pid}")
-        status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
-        return {
-            "maps": (proc / "maps").read_text(),
-            "fd": {fd.name: str(fd.readlink()) for fd in (proc / "fd").iterdir()},
-            "task": sorted(task.name for task in (proc / "task").iterdir()),
-            **{name: value for name, value in status.items() if name not in _MOVES},
-        }
+        return look_at_process(self.pid)
+
+
+def look_at_process(pid: int) -> dict[str, object]:
+    """Return what /proc says of a process and should be the same afterwards."""
+    proc = Path(f"/proc/{pid}")
+    status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
+    return {
+        "maps": (proc / "maps").read_text(),
+        "fd": {fd.name: str(fd.readlink()) for fd in (proc / "fd").iterdir()},
+        "task": sorted(task.name for task in (proc / "task").iterdir()),
+        **{name: value for name, value in status.items() if name not in _MOVES},
+    }
 
 
 def differences(before: dict[str, object], after: dict[str, object]) -> dict[str, tuple[object, object]]:
