@@ -40,7 +40,7 @@ MAY_IMPORT_OF_SKEYD = {
 ONLY_IN = {
     "fcntl": {"kvm", "linux"},
     # For what Python can't do: ioctl arguments that hold an address; mallopt; ptrace.
-    "ctypes": {"kvm", "malloc", "injection.ptrace", "injection.memory"},
+    "ctypes": {"kvm", "malloc", "injection"},
     "grpc": {"rpc", "client", "server", "cli.skeyctl"},
     "google": {"rpc", "standard"},
     "structlog": {"rpc", "server", "logs"},

@@ -9,7 +9,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self
 
-from skeyd.injection import memory, proc, ptrace
+from skeyd.injection import memory, proc, ptrace, rseq
 from skeyd.injection.cave import Cave
 from skeyd.injection.errors import (
     FaultedError,
@@ -183,6 +183,10 @@ class Injection:
         if tracee.stopped is None or tracee.stopped.why is not Stop.EVENT:
             self._stop_or_end(tracee)
         try:
+            while rseq.is_inside(self.target.pid, tracee.tid, self._machine.place(tracee.tid)[0]):
+                # Having stopped there is enough for the kernel to take it out of it.
+                tracee.go_on()
+                self._stop_or_end(tracee)
             info = ptrace.get_syscall_info(tracee.tid)
             if info.arch != self._machine.AUDIT_ARCH:
                 raise UnsupportedError(tracee.tid, f"thread {tracee.tid} makes system calls of another architecture")

@@ -112,6 +112,32 @@ def test_a_tracer_that_is_killed_at_any_moment_harms_nothing() -> None:
         assert differences(before, victim.look()) == {}
 
 
+def test_a_signal_that_comes_before_a_tracer_is_killed_is_delivered_once(tracers: list[int]) -> None:
+    reading, writing = os.pipe()
+    with Victim("loop") as victim:
+
+        def holder(calls: bool) -> None:
+            with Target(victim.pid) as target, Injection(target, seconds=SECONDS) as injection:
+                injection.call(Call("getpid", GETPID, ()))
+                os.kill(victim.pid, signal.SIGUSR1)
+                os.write(writing, b"x")
+                while calls:
+                    injection.call(Call("getpid", GETPID, ()))
+                signal.pause()
+
+        for number in range(20):
+            tracers.append(fork(partial(holder, number % 2 == 0)))
+            assert os.read(reading, 1) == b"x"
+            os.kill(tracers[-1], signal.SIGKILL)
+            os.waitpid(tracers.pop(), 0)
+            wait_for(lambda number=number: victim.ping() == number + 1)
+        before = victim.total()
+        wait_for(lambda: victim.total() > before + 1)
+        assert victim.ping() == 20
+    os.close(reading)
+    os.close(writing)
+
+
 def test_a_thread_that_a_killed_tracer_left_in_a_call_is_brought_back_by_the_next(tracers: list[int]) -> None:
     with Victim("futex") as victim:
         victim.wait_until_in(FUTEX)

@@ -6,7 +6,10 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/filter.h>
 #include <linux/futex.h>
+#include <linux/rseq.h>
+#include <linux/seccomp.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
@@ -14,7 +17,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <stddef.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -101,6 +106,20 @@ static int in_handler(void (*handler)(int), int flags, size_t size)
 		if (area[at] != 0x5a || area[4096 + size + at] != 0x5a)
 			return -2;
 	return 0;
+}
+
+/* Have the kernel answer each ioctl so. */
+static int forbid(uint32_t action)
+{
+	struct sock_filter filter[] = {
+		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_ioctl, 0, 1),
+		BPF_STMT(BPF_RET | BPF_K, action),
+		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+	};
+	struct sock_fprog program = {.len = sizeof filter / sizeof *filter, .filter = filter};
+
+	return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program);
 }
 
 /* Calls of all kinds, each of which must give what it gives alone. */
@@ -193,6 +212,41 @@ asm(".text\n"
     "pop %r15; pop %r14; pop %r13; pop %r12; pop %rbp; pop %rbx\n"
     "ret\n");
 
+/*
+ * A restartable sequence that never ends by itself. Whatever interrupts it makes the kernel go to its abort handler,
+ * which counts; were the thread put back into it instead, the number that it has in a register would not be that count.
+ */
+static volatile uint64_t aborts, wrong;
+
+static int sequence(void)
+{
+	/* struct rseq of glibc 2.35 and later lies there. */
+	extern const ptrdiff_t __rseq_offset __attribute__((weak));
+	struct rseq *own;
+
+	if (!&__rseq_offset)
+		return -2;
+	own = (struct rseq *)((char *)__builtin_thread_pointer() + __rseq_offset);
+	asm volatile("1:\n"
+		     "mov aborted(%%rip), %%rdx\n"
+		     "lea 5f(%%rip), %%rax; mov %%rax, %0\n"
+		     "2: cmp aborted(%%rip), %%rdx; jne 6f; cmpq $0, flag(%%rip); je 2b\n"
+		     "3: jmp 7f\n"
+		     ".long 0x53053053\n"
+		     "4: incq aborted(%%rip); jmp 1b\n"
+		     "6: incq misled(%%rip); jmp 1b\n"
+		     ".pushsection .data; .balign 32\n"
+		     "5: .long 0, 0; .quad 2b, 3b - 2b, 4b\n"
+		     "aborted: .quad 0\n"
+		     "misled: .quad 0\n"
+		     ".popsection\n"
+		     "7: movq $0, %0; mov aborted(%%rip), %%rax; mov %%rax, %1; mov misled(%%rip), %%rax; mov %%rax, %2\n"
+		     : "=m"(own->rseq_cs), "=m"(aborts), "=m"(wrong)
+		     :
+		     : "rax", "rdx", "memory", "cc");
+	return wrong ? -1 : (int)aborts;
+}
+
 static int registers(void)
 {
 	size_t width = 16;
@@ -280,6 +334,16 @@ int main(int count_of, char **words)
 		result = in_handler(read_in_handler, SA_ONSTACK, 16384);
 	else if (!strcmp(what, "spin-handler"))
 		result = in_handler(spin_in_handler, SA_ONSTACK, 16384);
+	else if (!strcmp(what, "forbidden-eperm"))
+		result = forbid(SECCOMP_RET_ERRNO | EPERM) ? -1 : wait_in_read();
+	else if (!strcmp(what, "forbidden-enosys"))
+		result = forbid(SECCOMP_RET_ERRNO | ENOSYS) ? -1 : wait_in_read();
+	else if (!strcmp(what, "forbidden-trap"))
+		result = forbid(SECCOMP_RET_TRAP) ? -1 : wait_in_read();
+#ifdef __x86_64__
+	else if (!strcmp(what, "sequence"))
+		result = sequence();
+#endif
 	else if (!strcmp(what, "loop"))
 		loop(), result = 0;
 #ifdef __x86_64__
