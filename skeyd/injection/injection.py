@@ -308,8 +308,10 @@ class Injection:
         """Put the thread back, take the stub away where nobody needs it, and detach."""
         self._put_back(tracee)
         try:
-            if self._cave is not None and not self._cave.note()[0]:
-                self._cave.erase(tracee.tid)
+            cave = self._cave
+            # Where there was no time to get it out, it is in the stub still, as a killed tracer has left it.
+            if cave is not None and not cave.note()[0] and not cave.holds(self._machine.place(tracee.tid)[0]):
+                cave.erase(tracee.tid)
         except (OSError, GoneError):
             pass  # it has ended, or is about to; detach takes note
         tracee.detach(number)

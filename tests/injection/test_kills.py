@@ -13,7 +13,7 @@ import pytest
 from skeyd.injection import memory
 from skeyd.injection.buffer import Buffer
 from skeyd.injection.cave import Cave
-from skeyd.injection.errors import AlreadyTracedError, GoneError, InUseError
+from skeyd.injection.errors import AlreadyTracedError, GoneError, InUseError, TimedOutError
 from skeyd.injection.injection import Injection
 from skeyd.injection.machine import this_machine
 from skeyd.injection.registers import Call
@@ -138,20 +138,31 @@ def test_a_signal_that_comes_before_a_tracer_is_killed_is_delivered_once(tracers
     os.close(writing)
 
 
-def test_a_thread_that_a_killed_tracer_left_in_a_call_is_brought_back_by_the_next(tracers: list[int]) -> None:
+def no_time(injection: Injection, cave: Cave) -> None:
+    raise TimedOutError(injection.target.pid, "a test has no time")
+
+
+def test_a_thread_that_a_killed_tracer_left_in_a_call_is_brought_back_by_the_next(
+    tracers: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Victim("futex") as victim:
         victim.wait_until_in(FUTEX)
 
         def stuck() -> None:
             with Target(victim.pid) as target, Injection(target, seconds=SECONDS) as injection:
-                buffer = Buffer.open(injection, 16)
-                injection.call(Call("read", READ, (3, buffer.address, 16)))
+                injection.call(Call("read", READ, (3, 0, 16)))
 
         tracers.append(fork(stuck))
         path = Path(f"/proc/{victim.pid}/task/{victim.pid}/syscall")
         wait_for(lambda: path.read_text().startswith(f"{READ} 0x3 "))
         os.kill(tracers[0], signal.SIGKILL)
         os.waitpid(tracers.pop(), 0)
+        victim.wait_until_in(READ)
+        # One that has no time for it takes nothing away from under the thread.
+        with Target(victim.pid) as target, monkeypatch.context() as patch:
+            patch.setattr(Injection, "_leave_stub", no_time)
+            with pytest.raises(TimedOutError):
+                Injection(target).__enter__()
         victim.wait_until_in(READ)
         hold(victim.pid)
         victim.wait_until_in(FUTEX)
