@@ -73,14 +73,15 @@ class Target:
             raise GoneError(self.pid, f"process {self.pid} has ended")
 
     def threads(self) -> list[Thread]:
-        """Return its threads, ascending. GoneError."""
-        found = []
-        for tid in proc.threads(self.pid):
-            name = proc.status(self.pid, tid).get("Name")
-            if name is not None:
-                is_vcpu = _VCPU_NAME.fullmatch(name) is not None or self._runs_a_vcpu(tid)
-                found.append(Thread(tid, name, is_vcpu))
-        return found
+        """Return its threads that live, ascending. GoneError."""
+        return [thread for tid in proc.threads(self.pid) if (thread := self._thread(tid)) is not None]
+
+    def _thread(self, tid: int) -> Thread | None:
+        status = proc.status(self.pid, tid)
+        if status.get("State", "Z")[0] in "ZX":
+            return None  # a first thread that has ended stays as long as others are there
+        name = status["Name"]
+        return Thread(tid, name, _VCPU_NAME.fullmatch(name) is not None or self._runs_a_vcpu(tid))
 
     def choose_thread(self) -> int:
         """Return the thread that is to make calls: the first, which waits for events in QEMU and most programs.
@@ -88,10 +89,11 @@ class Target:
         All of skeyd takes the same one, so that a second tracer is told of the first. Where that one runs a vCPU, or
         has ended, it is the next that does not.
         """
-        for thread in self.threads():
-            ended = proc.status(self.pid, thread.tid).get("State", "Z")[0] in "ZX"
-            if not thread.is_vcpu and not ended:
-                return thread.tid
+        # Most often it is the first that is asked for; a QEMU may have hundreds.
+        for tid in proc.threads(self.pid):
+            thread = self._thread(tid)
+            if thread is not None and not thread.is_vcpu:
+                return tid
         raise UnsupportedError(self.pid, f"process {self.pid} has no thread that is no vCPU's")
 
     def check_untraced(self, tid: int) -> None:
