@@ -39,6 +39,8 @@ class Saved:
     """s390x: NT_PRFPREG. On x86_64 nothing touches them."""
     mask: bytes = b""
     """s390x: the signals that it blocks."""
+    vectors: bytes = b""
+    """s390x: what NT_PRFPREG leaves out of the vector registers; empty where the machine has none."""
 
 
 @dataclass(frozen=True, slots=True)

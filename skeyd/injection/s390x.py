@@ -7,6 +7,7 @@ restart_syscall an EINTR (restore_sigregs()); it only comes to that where the tr
 
 from __future__ import annotations
 
+import errno
 import struct
 from typing import Final
 
@@ -53,7 +54,13 @@ _SIGREGS: Final = struct.Struct("=2Q16Q64s")
 _MASK_ROOM: Final = 128
 _NO_STACK_FLAGS: Final = 7
 """No valid ss_flags, so that rt_sigreturn leaves the alternate stack as it is."""
-_SIZE: Final = _FRAME_HEAD + _UC_HEAD.size + _SIGREGS.size + _FLOATING_SIZE + _MASK_ROOM
+# _sigregs_ext: the right halves of v0 to v15, v16 to v31, and room to grow. rt_sigreturn takes the vector registers
+# from there whatever uc_flags says (restore_sigregs_ext()).
+_NT_S390_VXRS_LOW, _NT_S390_VXRS_HIGH = 0x309, 0x30A
+_VECTORS_LOW_SIZE: Final = 16 * 8
+_VECTORS_HIGH_SIZE: Final = 16 * 16
+_VECTORS_ROOM: Final = _VECTORS_LOW_SIZE + _VECTORS_HIGH_SIZE + 128
+_SIZE: Final = _FRAME_HEAD + _UC_HEAD.size + _SIGREGS.size + _FLOATING_SIZE + _MASK_ROOM + _VECTORS_ROOM
 
 
 def why_not(pid: int) -> str | None:
@@ -72,7 +79,18 @@ def capture(tid: int) -> Saved:
         ptrace.get_regset(tid, _NT_S390_SYSTEM_CALL, _SYSTEM_CALL_SIZE),
         ptrace.get_regset(tid, NT_PRFPREG, _FLOATING_SIZE),
         ptrace.get_sigmask(tid),
+        _vectors(tid),
     )
+
+
+def _vectors(tid: int) -> bytes:
+    try:
+        low = ptrace.get_regset(tid, _NT_S390_VXRS_LOW, _VECTORS_LOW_SIZE)
+        return low + ptrace.get_regset(tid, _NT_S390_VXRS_HIGH, _VECTORS_HIGH_SIZE)
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise
+        return b""  # a machine without them, on which rt_sigreturn sets none
 
 
 def block(saved: Saved) -> tuple[int, bytes]:
@@ -93,6 +111,7 @@ def block(saved: Saved) -> tuple[int, bytes]:
             _SIGREGS.pack(*mask_and_address, *gprs, values[_ACCESS]),
             saved.floating,
             saved.mask.ljust(_MASK_ROOM, b"\0"),
+            saved.vectors.ljust(_VECTORS_ROOM, b"\0"),
         )
     )
     return (gprs[15] - len(content)) & ~7, content

@@ -53,7 +53,6 @@ def test_a_tracer_that_is_killed_at_any_step_harms_nothing_and_leaves_nothing_to
             assert differences(before, victim.look()) == {}, f"step {step} of {steps}"
 
 
-@pytest.mark.skipif(not X86, reason="its register test is for x86_64")
 def test_registers_are_what_they_were_whichever_step_a_tracer_is_killed_at() -> None:
     with Victim("registers") as victim:
         for step in range(count_steps(victim.pid)):

@@ -21,6 +21,9 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
+#ifdef __s390x__
+#include <sys/auxv.h>
+#endif
 #include <time.h>
 #include <unistd.h>
 
@@ -281,6 +284,35 @@ static int registers(void)
 }
 #endif
 
+#ifdef __s390x__
+static uint8_t vectors_given[512] __attribute__((aligned(8))), vectors_found[512] __attribute__((aligned(8)));
+
+/* 32 vector registers, of which the first 16 have those for floating point in them, and some general ones. */
+static int registers(void)
+{
+	uint64_t general[5] = {0x1111, 0x2222222222222222, 0x3333, 0x8000000000000004, 0x5555};
+
+	if (!(getauxval(AT_HWCAP) & HWCAP_S390_VXRS))
+		return -2;
+	for (size_t at = 0; at < sizeof vectors_given; at++)
+		vectors_given[at] = at * 7 + 1;
+	asm volatile(".machine push; .machine z13\n"
+		     "lmg %%r6,%%r10,0(%[general])\n"
+		     "vlm %%v0,%%v15,0(%[given]); vlm %%v16,%%v31,256(%[given])\n"
+		     "0: cli 7(%[flag]),0; je 0b\n"
+		     "vstm %%v0,%%v15,0(%[found]); vstm %%v16,%%v31,256(%[found])\n"
+		     "stmg %%r6,%%r10,0(%[general])\n"
+		     ".machine pop"
+		     :
+		     : [given] "a"(vectors_given), [found] "a"(vectors_found), [flag] "a"(&flag), [general] "a"(general)
+		     : "memory", "cc", "r6", "r7", "r8", "r9", "r10", "f0", "f1", "f2", "f3", "f4", "f5", "f6", "f7", "f8",
+		       "f9", "f10", "f11", "f12", "f13", "f14", "f15");
+	if (memcmp(vectors_given, vectors_found, sizeof vectors_given))
+		return 1;
+	return general[0] != 0x1111 || general[3] != 0x8000000000000004 || general[4] != 0x5555;
+}
+#endif
+
 int main(int count_of, char **words)
 {
 	const char *what = count_of > 1 ? words[1] : "read";
@@ -346,7 +378,7 @@ int main(int count_of, char **words)
 #endif
 	else if (!strcmp(what, "loop"))
 		loop(), result = 0;
-#ifdef __x86_64__
+#if defined __x86_64__ || defined __s390x__
 	else if (!strcmp(what, "registers"))
 		result = registers();
 #endif
