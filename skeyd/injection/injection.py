@@ -240,8 +240,9 @@ class Injection:
             tracee.failed(error)
         if info.op != ptrace.SYSCALL_INFO_EXIT:
             return None
-        # A call that seccomp answers with SIGSYS "returns" what its register held; the signal comes next.
-        if info.result in (call.number, *call.arguments[:1]) and self._is_pending(tracee, signal.SIGSYS):
+        # A call that seccomp answers with SIGSYS "returns" what its register held, its number on x86_64, or -ENOSYS on
+        # s390x; the signal comes next.
+        if info.result in (-errno.ENOSYS, call.number, *call.arguments[:1]) and self._is_pending(tracee, signal.SIGSYS):
             return None
         return info.result
 

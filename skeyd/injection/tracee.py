@@ -97,10 +97,12 @@ class Tracee:
         turns, nap = 0, _SHORTEST_NAP
         while True:
             try:
-                found, status = os.waitpid(self.tid, _WALL | os.WNOHANG)
+                # Only looked at: with the wait for a stop goes the signal that it is for, which nobody would deliver if
+                # this process died now.
+                found = os.waitid(os.P_PID, self.tid, _WALL | os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 self._gone()
-            if found:
+            if found is not None:
                 break
             if time.monotonic() >= deadline:
                 raise TimedOutError(self.tid, f"thread {self.tid} did not stop in time")
@@ -111,14 +113,14 @@ class Tracee:
             else:
                 time.sleep(nap)
                 nap = min(nap * 2, _LONGEST_NAP)
-        if not os.WIFSTOPPED(status):
+        if found.si_code != os.CLD_TRAPPED:
             self._gone()
-        if status >> 16 == ptrace.EVENT_STOP:
+        if found.si_status >> 8 == ptrace.EVENT_STOP:
             self.stopped = Stopped(Stop.EVENT)
-        elif os.WSTOPSIG(status) == _SYSCALL_STOP:
+        elif found.si_status == _SYSCALL_STOP:
             self.stopped = Stopped(Stop.SYSCALL)
         else:
-            self.stopped = Stopped(Stop.SIGNAL, os.WSTOPSIG(status))
+            self.stopped = Stopped(Stop.SIGNAL, found.si_status)
         return self.stopped
 
     def go_on(self, number: int = 0) -> None:

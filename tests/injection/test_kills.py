@@ -190,6 +190,7 @@ def test_what_a_killed_tracer_left_is_taken_over_where_it_fits_and_unmapped_wher
 
 def test_memory_of_the_process_own_is_never_taken_for_what_was_left() -> None:
     with Victim("loop") as victim, Target(victim.pid) as target:
+        turns(victim)  # after which its second thread has the memory that it needs to answer
         lines = str(victim.look()["maps"]).splitlines()
         heap = next(line for line in lines if line.endswith("[heap]")).split()[0].split("-")
         start, end = (int(word, 16) for word in heap)
