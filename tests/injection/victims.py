@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import select
 import shutil
@@ -47,6 +48,7 @@ def program() -> str:
     if PROGRAM in os.environ:
         return os.environ[PROGRAM]
     directory = Path(tempfile.mkdtemp(prefix="skeyd-victim-"))
+    atexit.register(shutil.rmtree, directory)
     done = subprocess.run(
         ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", "-o", directory / "victim", SOURCE],
         stdout=subprocess.PIPE,
