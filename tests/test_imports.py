@@ -31,6 +31,7 @@ LEAVES = {
 NOT_FOR_WORKERS = {"checksum", "digest", "encoding", "limits", "paths", "summary", "turns", "wire"}
 MAY_IMPORT_OF_SKEYD = {
     "kvm": {"kvm", "linux", "storage_key"},
+    "injection": {"injection", "kvm", "errors", "linux"},
     "worker": {"worker", "kvm", *(LEAVES - NOT_FOR_WORKERS)},
     "vms": {"vms", "worker.protocol", "worker.outcomes", "worker.channel", *LEAVES},
     "rpc": {"rpc", "vms", "worker.protocol", "worker.outcomes", "worker.slots", "v1", "standard", *LEAVES},
@@ -39,8 +40,8 @@ MAY_IMPORT_OF_SKEYD = {
 }
 ONLY_IN = {
     "fcntl": {"kvm", "linux"},
-    # For what Python can't do: ioctl arguments that hold an address; mallopt.
-    "ctypes": {"kvm", "malloc"},
+    # For what Python can't do: ioctl arguments that hold an address; mallopt; ptrace.
+    "ctypes": {"kvm", "malloc", "injection"},
     "grpc": {"rpc", "client", "server", "cli.skeyctl"},
     "google": {"rpc", "standard"},
     "structlog": {"rpc", "server", "logs"},
@@ -103,7 +104,11 @@ def is_below_module(names: set[str], module: str) -> bool:
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in MODULES if place(path).partition(".")[0] in ("kvm", "worker") or place(path) in LEAVES],
+    [
+        path
+        for path in MODULES
+        if place(path).partition(".")[0] in ("kvm", "injection", "worker") or place(path) in LEAVES
+    ],
     ids=place,
 )
 def test_what_a_worker_loads_is_the_standard_library(path: Path) -> None:

@@ -1,0 +1,212 @@
+"""Keys of an unmodified QEMU (-accel kvm), set and read by calls that its main thread makes; QEMU's own dump agrees.
+
+On s390x with KVM only. tests/emulated/test_injection.py runs it on the emulated hosts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from skeyd.injection.buffer import Buffer
+from skeyd.injection.injection import Injection
+from skeyd.injection.target import Target
+from skeyd.kvm import abi
+from tests.injection.tracers import Steps, count_steps_of, fork, kill_after, run
+from tests.injection.victims import SECONDS, cannot, differences, look_at_process, wait_for
+from tests.processes import Process, end, look_at
+
+pytestmark = pytest.mark.timeout(900)
+
+PROGRAM: Final = "qemu-system-s390x"
+KILLS: Final = int(os.environ.get("SKEYD_KILLS_QEMU", "50"))
+SLICES: Final = int(os.environ.get("SKEYD_SLICES", "1000"))
+FRAMES: Final = 64 << 20 >> 12
+HEAD: Final = 64
+SANDBOX: Final = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+"""What libvirt asks for."""
+
+
+class Qemu:
+    """A paused guest of 64 MiB, and a connection to its monitor."""
+
+    def __init__(self, directory: Path, *arguments: str) -> None:
+        self._directory = directory
+        path = directory / "qmp"
+        self.process = subprocess.Popen(
+            [
+                *(PROGRAM, "-machine", "s390-ccw-virtio", "-accel", "kvm", "-S", "-m", "64M", "-nodefaults"),
+                *("-display", "none", "-qmp", f"unix:{path},server=on,wait=off", *arguments),
+            ]
+        )
+        self._socket = socket.socket(socket.AF_UNIX)
+        try:
+            wait_for(lambda: path.exists() or self.process.poll() is not None)
+            self._socket.settimeout(SECONDS)
+            wait_for(lambda: self._socket.connect_ex(str(path)) == 0)
+            self._file = self._socket.makefile("rb")
+            assert "QMP" in json.loads(self._file.readline())
+            self.execute("qmp_capabilities")
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def execute(self, command: str, **arguments: Any) -> Any:
+        """Run a command of the monitor, and return its answer."""
+        self._socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
+        while True:
+            said = json.loads(self._file.readline())
+            assert "error" not in said, said
+            if "return" in said:
+                return said["return"]
+
+    def answers(self) -> None:
+        """See that it lives as it did."""
+        assert self.execute("query-status")["status"] in ("prelaunch", "paused")
+
+    def dumped(self) -> bytes:
+        """Return the keys as QEMU reads them itself."""
+        path = self._directory / "keys"
+        self.execute("dump-skeys", filename=str(path))
+        lines = re.findall(r"page=([0-9a-f]+): key\((\d+)\)", path.read_text())
+        assert [int(page, 16) for page, _ in lines] == list(range(FRAMES))
+        return bytes(int(key) for _, key in lines)
+
+    def close(self) -> None:
+        self._socket.close()
+        if hasattr(self, "_file"):
+            self._file.close()
+        process: Process | None = look_at(self.pid)
+        if process is not None:
+            end(process)
+        self.process.wait(SECONDS)
+
+
+@pytest.fixture(params=["plain", "sandboxed"])
+def qemu(request: pytest.FixtureRequest, runtime_dir: Path, open_fds: None) -> Iterator[Qemu]:
+    """Start a QEMU; skipped where there is none, or no KVM for it."""
+    if platform.machine() != "s390x":
+        pytest.skip("storage keys take an s390x machine; tests/emulated/test_injection.py has one")
+    if shutil.which(PROGRAM) is None or not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        cannot(f"this takes {PROGRAM} and KVM")
+    qemu = Qemu(runtime_dir, *(("-sandbox", SANDBOX) if request.param == "sandboxed" else ()))
+    yield qemu
+    qemu.close()
+
+
+def some_keys(seed: int) -> bytes:
+    """Make keys whose ACC and F differ from frame to frame; R and C may be given by the kernel to any."""
+    rng = random.Random(seed)  # noqa: S311  no secret
+    return bytes(rng.randrange(32) << 3 for _ in range(FRAMES))
+
+
+def acc_and_f(keys: bytes) -> bytes:
+    return bytes(key & 0xF8 for key in keys)
+
+
+def skeys(injection: Injection, buffer: Buffer, request: int) -> int:
+    vm = injection.target.vm_fds()[0]
+    buffer.write(0, abi.kvm_s390_skeys.pack(0, FRAMES, buffer.address + HEAD, 0))
+    return injection.ioctl(vm, request, buffer.address)
+
+
+def set_keys(pid: int, keys: bytes) -> None:
+    """Set all keys, twice: Linux up to 6.19 loses some the first time."""
+    with Target(pid) as target:
+        with Injection(target, seconds=SECONDS) as injection:
+            buffer = Buffer.open(injection, HEAD + FRAMES)
+            buffer.write(HEAD, keys)
+            for _ in range(2):
+                assert skeys(injection, buffer, abi.KVM_S390_SET_SKEYS) == 0
+        with Injection(target, seconds=SECONDS) as injection:
+            buffer.close(injection)
+
+
+def get_keys(pid: int) -> bytes:
+    with Target(pid) as target, Injection(target, seconds=SECONDS) as injection:
+        buffer = Buffer.open(injection, HEAD + FRAMES)
+        assert skeys(injection, buffer, abi.KVM_S390_GET_SKEYS) == 0
+        keys = buffer.read(HEAD, FRAMES)
+        buffer.close(injection)
+        return keys
+
+
+def test_keys_that_are_set_are_read_back_and_are_what_qemu_dumps(qemu: Qemu) -> None:
+    for seed in range(3):
+        keys = some_keys(seed)
+        set_keys(qemu.pid, keys)
+        assert acc_and_f(get_keys(qemu.pid)) == keys
+        assert acc_and_f(qemu.dumped()) == keys
+    qemu.answers()
+
+
+def test_a_keyless_guest_says_so(qemu: Qemu) -> None:
+    with Target(qemu.pid) as target, Injection(target, seconds=SECONDS) as injection:
+        buffer = Buffer.open(injection, HEAD + FRAMES)
+        assert skeys(injection, buffer, abi.KVM_S390_GET_SKEYS) == abi.KVM_S390_GET_SKEYS_NONE
+        buffer.close(injection)
+    qemu.answers()
+
+
+def test_the_thread_that_is_chosen_is_the_main_one_and_there_is_one_vm(qemu: Qemu) -> None:
+    with Target(qemu.pid) as target:
+        assert target.choose_thread() == qemu.pid
+        assert len(target.vm_fds()) == 1
+        assert target.executable == shutil.which(PROGRAM)
+
+
+def test_slices_leave_qemu_as_it_was(qemu: Qemu) -> None:
+    set_keys(qemu.pid, some_keys(0))
+    qemu.answers()
+    before = look_at_process(qemu.pid)
+    for _ in range(SLICES):
+        with Target(qemu.pid) as target, Injection(target, seconds=SECONDS) as injection:
+            buffer = Buffer.open(injection, HEAD + FRAMES)
+            assert skeys(injection, buffer, abi.KVM_S390_GET_SKEYS) == 0
+            buffer.close(injection)
+    qemu.answers()
+    assert differences(before, look_at_process(qemu.pid)) == {}
+
+
+def test_a_tracer_that_is_killed_at_any_step_leaves_qemu_answering(qemu: Qemu) -> None:
+    keys = some_keys(1)
+    set_keys(qemu.pid, keys)
+    for after in (False, True):
+        for step in range(count_steps_of(lambda: set_keys(qemu.pid, keys))):
+
+            def killed(step: int = step, after: bool = after) -> None:
+                Steps(step, after).install()
+                set_keys(qemu.pid, keys)
+
+            assert os.waitpid(fork(killed), 0)[1] == 9
+            qemu.answers()
+            # The next finds what that one left, and takes it away.
+            run(lambda: set_keys(qemu.pid, keys))
+    assert acc_and_f(get_keys(qemu.pid)) == keys
+    assert acc_and_f(qemu.dumped()) == keys
+
+
+def test_a_tracer_that_is_killed_at_any_moment_leaves_qemu_answering(qemu: Qemu) -> None:
+    rng = random.Random(6)  # noqa: S311  no secret
+    keys = some_keys(2)
+    set_keys(qemu.pid, keys)
+    for _ in range(KILLS):
+        kill_after(lambda: set_keys(qemu.pid, keys), rng.random() * 0.3)
+        qemu.answers()
+    assert acc_and_f(get_keys(qemu.pid)) == keys
+    assert acc_and_f(qemu.dumped()) == keys
