@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 UNIT_SUITE := tests/emulated/test_unit_suite.py
+INJECTION := tests/emulated/test_injection.py
 
 # grpcio-tools 1.62.3 has wheels for Python 3.11 and 3.12 only, and can't share an environment with protobuf >= 5.
 PROTO_PYTHON ?= $(firstword $(foreach python,python3.12 python3.11 python3,\
@@ -44,12 +45,12 @@ test: lint proto-check ## Everything that checks the project
 	# The images of the emulated hosts are built, where they aren't, beside the tests that need none.
 	@$(BIN)/python -m tests.emulated.prepare & prepare=$$!; trap "kill $$prepare 2>/dev/null" EXIT; \
 	$(BIN)/pytest -m "not emulated" && wait $$prepare
-	$(BIN)/pytest -m emulated --ignore=$(UNIT_SUITE)
+	$(BIN)/pytest -m emulated --ignore=$(UNIT_SUITE) --ignore=$(INJECTION)
 	# By itself: the hosts that the others share take two gigabytes each, and CPU, for as long as they are up.
 	$(BIN)/pytest $(UNIT_SUITE)
 
 # What promises real kernels fails where there is none, and doesn't skip.
-test-kernels test-big-endian: export SKEYD_REQUIRE_EMULATED := 1
+test-kernels test-big-endian test-injection: export SKEYD_REQUIRE_EMULATED := 1
 
 .PHONY: test-kernels
 test-kernels: $(READY) ## The contract on Linux 6.1, 6.12 and 7.x, with 1,000 random histories each
@@ -60,6 +61,11 @@ test-kernels: $(READY) ## The contract on Linux 6.1, 6.12 and 7.x, with 1,000 ra
 test-big-endian: $(READY) ## All unit tests on all three emulated hosts, where `make test` runs a share on each
 	$(BIN)/python -m tests.emulated.prepare bookworm trixie forky
 	SKEYD_EMULATED_SUITES="bookworm trixie forky" SKEYD_ALL_UNIT_TESTS=1 $(BIN)/pytest $(UNIT_SUITE)
+
+.PHONY: test-injection
+test-injection: $(READY) ## Calls in other processes, an unmodified QEMU among them, on a 6.x and a 7.x kernel
+	$(BIN)/python -m tests.emulated.prepare bookworm forky
+	SKEYD_EMULATED_SUITES="bookworm forky" $(BIN)/pytest $(INJECTION)
 
 .PHONY: soak
 soak: $(READY) ## 10,000 random kills of front, worker and client in the middle of calls; `make test` has 500

@@ -60,7 +60,8 @@ def test_every_name_is_that_of_a_test_and_no_other_test_is_left_out(
 
 @pytest.mark.timeout(240)
 def test_nearly_all_run_where_all_do(everything: set[str], there: set[str]) -> None:
-    assert len(there) >= 0.95 * len(everything)
+    # Those of tests/injection run there too, by themselves.
+    assert len(there) >= 0.95 * sum(not test.startswith("tests/injection/") for test in everything)
 
 
 @pytest.mark.timeout(240)
