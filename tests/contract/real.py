@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import subprocess
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -13,15 +14,20 @@ from tests.contract import operations
 from tests.contract.operations import HERE, Answer, Operation
 from tests.contract.subject import Subject, new_vm
 from tests.emulated.compiler import compiled
-from tests.emulated.host import EmulatedHost
+from tests.emulated.host import EmulatedHost, EmulatedHostError, HostDied
 
 ROOT: Final = Path(__file__).parents[2]
 INSIDE: Final = "/srv/contract"
+LOG: Final = f"{INSIDE}/log"
+LOOKS: Final = (["busybox", "free", "-m"], ["busybox", "uptime"], ["sh", "-c", "dmesg | tail -n 60"])
+"""What says most where a process has ended, or stands still."""
 PORTS: Final = {(True, False): 50061, (False, False): 50062, (False, True): 50063, (True, True): 50064}
 PGSTE: Final = "/proc/sys/vm/allocate_pgste"
 LAUNCHER: Final = "deploy/launcher/skeyd-pgste"
 SECONDS: Final = 120.0
 """For one request: a shared machine that emulates takes its time."""
+LOOK_SECONDS: Final = 20.0
+"""For a look at whether the host lives at all, once it has not answered."""
 
 
 class RealKernel:
@@ -33,15 +39,26 @@ class RealKernel:
         self._host = host
         self._resources = ExitStack()
         self._ports: dict[tuple[bool, bool], int] = {}
+        self._given_up: str | None = None
+        self._shared: tuple[AbstractContextManager[_Process], _Process] | None = None
         host.put_tree(ROOT / "skeyd", f"{INSIDE}/skeyd")
         for path in ("tests/contract/operations.py", "tests/emulated/contract_server.py"):
             host.put(f"{INSIDE}/{path}", (ROOT / path).read_bytes())
         try:
-            self.shared = self._resources.enter_context(self.process())
-            new_vm(self.shared, number=-1).store(0, b"\0")
+            _ = self.shared
         except BaseException:
             self.close()
             raise
+
+    @property
+    def shared(self) -> _Process:
+        """The process that tests share; another one where it has ended, so that one test's fault stays its own."""
+        if self._shared is None or self._shared[1].has_ended:
+            self._end_shared()
+            context = self.process()
+            self._shared = context, context.__enter__()
+            new_vm(self._shared[1], number=-1).store(0, b"\0")
+        return self._shared[1]
 
     @contextmanager
     def process(self, *, pgste: bool = True, launcher: bool = False) -> Iterator[_Process]:
@@ -49,12 +66,13 @@ class RealKernel:
 
         With `launcher` it was skeyd's own launcher that started it.
         """
+        self._must_live()
         how = pgste, launcher
         if how not in self._ports:
             self._ports[how] = self._serve(pgste, launcher)
         with socket.create_connection(("127.0.0.1", self._ports[how]), SECONDS) as connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            yield _Process(connection, self._log)
+            yield _Process(connection, self)
 
     @contextmanager
     def allocate_pgste(self, on: bool) -> Iterator[None]:
@@ -85,13 +103,35 @@ class RealKernel:
 
     def close(self) -> None:
         """End the servers, and with them all processes."""
+        self._end_shared()
         self._resources.close()
+
+    def why_it_fails(self) -> str:
+        """Tell what is known once a process has not answered; no test waits for this kernel again if it is dead."""
+        self._must_live()
+        try:
+            log = self._host.run(["tail", "-c", "4000", LOG], timeout=LOOK_SECONDS).stdout.decode(errors="replace")
+            found = [self._host.run(argv, timeout=LOOK_SECONDS).stdout.decode(errors="replace") for argv in LOOKS]
+        except (EmulatedHostError, OSError, subprocess.SubprocessError) as error:
+            self._given_up = f"{self.name} is dead, as a test before has found: {error}"
+            return f"{self.name} is dead: {error}\n{self._host.state()}"
+        return "\n".join((log, *found, self._host.console[-4000:]))
+
+    def _must_live(self) -> None:
+        if self._given_up is not None:
+            raise HostDied(self._given_up)
+
+    def _end_shared(self) -> None:
+        if self._shared is not None:
+            context, _ = self._shared
+            self._shared = None
+            context.__exit__(None, None, None)
 
     def _set_pgste(self, value: str) -> None:
         self._host.run(["sh", "-c", f"echo {value} >{PGSTE}"])
 
     def _serve(self, pgste: bool, launcher: bool) -> int:
-        port, log = PORTS[pgste, launcher], f"{INSIDE}/log"
+        port = PORTS[pgste, launcher]
         ready = f"{INSIDE}/ready-{port}"
         through = []
         if launcher:
@@ -103,26 +143,32 @@ class RealKernel:
                 [*through, "python3", "-m", "tests.emulated.contract_server", str(port), ready],
                 env={"PYTHONPATH": INSIDE},
                 cwd=INSIDE,
-                stdout_path=log,
+                stdout_path=LOG,
             )
             self._resources.callback(server.close)
-            assert self._host.get(ready) == b"ready", self._log()  # waits: it is a fifo
+            assert self._host.get(ready) == b"ready", self.why_it_fails()  # waits: it is a fifo
         return self._host.forward(port)
-
-    def _log(self) -> str:
-        return self._host.get(f"{INSIDE}/log").decode(errors="replace")[-4000:]
 
 
 class _Process:
-    def __init__(self, connection: socket.socket, log: Callable[[], str]) -> None:
+    def __init__(self, connection: socket.socket, kernel: RealKernel) -> None:
         self._connection = connection
-        self._log = log
+        self._kernel = kernel
+        self.has_ended = False
 
     def play(self, *wanted: Operation, where: str = HERE) -> list[Answer]:
-        operations.send(self._connection, operations.request(wanted, where))
-        message = operations.receive(self._connection)
-        assert message is not None, f"the process inside the host ended:\n{self._log()}"
-        return operations.answers_of(message)
+        if self.has_ended:
+            raise HostDied("the process inside the host has ended, as was told before")
+        try:
+            operations.send(self._connection, operations.request(wanted, where))
+            if (message := operations.receive(self._connection)) is not None:
+                return operations.answers_of(message)
+            failure = "it has ended"
+        except (OSError, EOFError) as error:
+            failure = repr(error)
+        # Never asked again: its next answer could be the one to this.
+        self.has_ended = True
+        raise HostDied(f"the process inside the host doesn't answer, {failure}\n{self._kernel.why_it_fails()}")
 
 
 def generation_of(release: str) -> str:

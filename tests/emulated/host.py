@@ -119,6 +119,14 @@ class EmulatedHost:
         """What the console has printed so far."""
         return self._machine.console if self._machine else ""
 
+    def freeze(self) -> None:
+        """Have it stand still for good, as one that hangs does. Raises HostDied."""
+        self._running().freeze()
+
+    def state(self) -> str:
+        """Tell what QEMU knows of the host's CPUs, and the console's end: for a host that no longer answers."""
+        return f"{self._machine.state()}\n{self._machine.console_tail()}" if self._machine else "it was not started"
+
     def is_running(self) -> bool:
         """Tell whether QEMU runs: False before and after the context, and when the host has died."""
         return self._machine is not None and self._machine.is_running()

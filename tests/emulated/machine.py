@@ -114,6 +114,19 @@ class Machine:
             raise EmulatedHostError(f"QEMU forwards nothing to {address}:{port}: {failure or table}")
         return int(ports[-1])
 
+    def freeze(self) -> None:
+        """Hold its CPUs for good: a machine that stands still, while QEMU runs. Raises HostDied."""
+        with self._monitor_lock:
+            self._human("stop")
+
+    def state(self) -> str:
+        """Tell what the CPUs do, twice, for a machine that seems to stand still; never raises."""
+        try:
+            with self._monitor_lock:
+                return "\n".join(self._human(line) for line in ("info status", *(("info registers -a",) * 2)))
+        except EmulatedHostError as error:
+            return str(error)
+
     def stop(self) -> None:
         """Kill QEMU and wait until nothing of it is left. Does nothing the second time."""
         with contextlib.suppress(ProcessLookupError):
