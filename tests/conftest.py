@@ -23,10 +23,10 @@ examples.register()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Take --share and --half-of."""
+    """Take --share and --quarter-of."""
     parser.addoption("--share", metavar="I/N", default="1/1", help="run one of N shares of the tests, the Ith")
     parser.addoption(
-        "--half-of", metavar="PATH", default=[], action="append", help="of the tests there, a share has every other one"
+        "--quarter-of", metavar="PATH", default=[], action="append", help="of the tests there, a share has one in four"
     )
 
 
@@ -37,12 +37,12 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests of others' shares. All shares together are all tests, each once, but for what is halved.
+    """Leave out the tests of others' shares. All shares together are all tests, each once, but for what is quartered.
 
     Whoever collects deals alike: releases of pytest differ in the order of files, and in the names of some parameters.
     """
     which, of = map(int, config.getoption("share").split("/"))
-    halved = tuple(config.getoption("half_of"))
+    quartered = tuple(config.getoption("quarter_of"))
     ordinals: Counter[str] = Counter()
     mine: list[pytest.Item] = []
     others: list[pytest.Item] = []
@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         function = item.nodeid.partition("[")[0]
         ordinals[function] += 1
         dealt = zlib.crc32(f"{function} {ordinals[function]}".encode())
-        left_out = function.startswith(halved) and dealt // of % 2
+        left_out = function.startswith(quartered) and dealt // of % 4 > 0
         (mine if dealt % of == which - 1 and not left_out else others).append(item)
     if others:
         config.hook.pytest_deselected(items=others)

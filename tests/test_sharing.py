@@ -23,13 +23,13 @@ def test_all_shares_together_are_all_tests_each_once() -> None:
     assert min(map(len, shares)) > len(whole) // 6
 
 
-def test_of_what_is_halved_a_share_has_about_half_and_of_the_rest_all_that_is_its_own() -> None:
-    halved, other = DEALT
+def test_of_what_is_quartered_a_share_has_some_and_of_the_rest_all_that_is_its_own() -> None:
+    quartered, other = DEALT
     before = collected("--share=2/2")
-    after = collected("--share=2/2", f"--half-of={halved}")
+    after = collected("--share=2/2", f"--quarter-of={quartered}")
     assert [test for test in after if test.startswith(other)] == [test for test in before if test.startswith(other)]
-    rest = [test for test in after if test.startswith(halved)]
-    assert set(rest) < {test for test in before if test.startswith(halved)}
+    rest = [test for test in after if test.startswith(quartered)]
+    assert set(rest) < {test for test in before if test.startswith(quartered)}
     assert rest
 
 

@@ -96,7 +96,7 @@ STARTERS: Final = (
     "tests/test_server.py",
     "tests/test_server_listening.py",
 )
-"""Most of these start a daemon, which takes seconds: three quarters of the suite's time. A share has half of them."""
+"""Most of these start a daemon, which takes seconds: three quarters of the suite's time. A share has a quarter of them."""
 
 THEIR_WARNINGS: Final = (
     # protobuf 4.21 as it is imported by Python 3.12 and later
@@ -172,7 +172,7 @@ def run(suite: str, seconds: float, say: Callable[[str], None], share: int = 0, 
         say(f"{suite}: Linux {host.kernel}, " + ", ".join(f"{name} {value}" for name, value in versions.items()))
         begin = time.monotonic()
         logs = [f"/tmp/unit-{number}.log" for number in range(CPUS)]  # noqa: S108  inside
-        left = (*left_out(shares), *(f"--half-of={path}" for path in STARTERS if shares > 1))
+        left = (*left_out(shares), *(f"--quarter-of={path}" for path in STARTERS if shares > 1))
         running = [
             _start(host, f"{share * CPUS + number + 1}/{shares * CPUS}", left, log) for number, log in enumerate(logs)
         ]
