@@ -59,9 +59,10 @@ static void fail(const char *what)
 
 int main(void)
 {
-	void *memory = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	// Up to 6.19 a slot's memory begins at a megabyte, and mmap's wherever it likes.
+	void *memory = mmap(NULL, 2 * SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	struct kvm_userspace_memory_region region = {
-		.slot = 0, .guest_phys_addr = 0, .memory_size = SIZE, .userspace_addr = (unsigned long)memory
+		.slot = 0, .guest_phys_addr = 0, .memory_size = SIZE, .userspace_addr = ((unsigned long)memory + SIZE - 1) & -(unsigned long)SIZE
 	};
 	char *stack = malloc(STACK);
 	int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC), status;
