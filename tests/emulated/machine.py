@@ -120,12 +120,22 @@ class Machine:
             self._human("stop")
 
     def state(self) -> str:
-        """Tell what the CPUs do, twice, for a machine that seems to stand still; never raises."""
+        """Tell what is known of a machine that seems to stand still; never raises.
+
+        What its CPUs do, twice, and where its network's packets are; and the console's end.
+        """
+        found = []
         try:
             with self._monitor_lock:
-                return "\n".join(self._human(line) for line in ("info status", *(("info registers -a",) * 2)))
-        except EmulatedHostError as error:
-            return str(error)
+                for line in ("info status", "info registers -a", "info registers -a", "info usernet"):
+                    found += [f"- {line}", self._human(line)]
+                (network,) = re.findall(r"^(\S+) \[virtio-net\]", self._human("info virtio"), re.MULTILINE)
+                for queue in range(2):
+                    line = f"info virtio-queue-status {network} {queue}"
+                    found += [f"- {line}", self._human(line)]
+        except (EmulatedHostError, ValueError) as error:
+            found.append(str(error))
+        return "\n".join((*found, self.console_tail()))
 
     def stop(self) -> None:
         """Kill QEMU and wait until nothing of it is left. Does nothing the second time."""

@@ -96,7 +96,7 @@ STARTERS: Final = (
     "tests/test_server.py",
     "tests/test_server_listening.py",
 )
-"""Most of these start a daemon, which takes seconds: three quarters of the suite's time. A share has a quarter of them."""
+"""Most of these start a daemon, which takes seconds: three quarters of the time. A share has a quarter of them."""
 
 THEIR_WARNINGS: Final = (
     # protobuf 4.21 as it is imported by Python 3.12 and later
