@@ -74,6 +74,9 @@ CALL_THREADS: Final = MAX_SHORT_CALLS + SPARE_THREADS
 REQUEST_SECONDS: Final = 5.0
 """How long a client may take to send the first message of a call, which comes with the call from any honest one."""
 
+CROWDED_REQUEST_SECONDS: Final = 1.0
+"""The same while other calls of its kind wait for a thread."""
+
 IDLE_SECONDS: Final = 60.0
 """How long a stream may wait for its client, to send its next message or to take one; then it is cut."""
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any, Final
 
 import grpc
@@ -19,7 +20,7 @@ import structlog
 from skeyd import limits
 from skeyd.errors import Reason, SkeydError, exhausted
 from skeyd.rpc import status
-from skeyd.rpc.lanes import require_admitted
+from skeyd.rpc.lanes import crowding, require_admitted
 from skeyd.rpc.messages import bounded
 from skeyd.rpc.patience import Patience
 
@@ -162,9 +163,13 @@ class _Call:
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return self._variables.run(function, *arguments)
 
-    def patient(self, seconds: float) -> Any:
+    def patient(self, seconds: float) -> AbstractContextManager[None]:
         """Wait for the client in the body, but not for longer."""
         return self._patience.limit(seconds, self._give_up)
+
+    def _patient_of_request(self) -> AbstractContextManager[None]:
+        wait, sooner = limits.REQUEST_SECONDS, limits.CROWDED_REQUEST_SECONDS
+        return self._patience.limit(wait, self._give_up, sooner, crowding())
 
     def request(
         self, messages: Iterator[bytes], handler: grpc.RpcMethodHandler[Any, Any], parser: Callable[[bytes], Any] | None
@@ -213,7 +218,7 @@ class _Call:
         # The first message comes with the call itself, or its sender is up to something.
         came = False
         while True:
-            with self.patient(limits.IDLE_SECONDS if came else limits.REQUEST_SECONDS):
+            with self.patient(limits.IDLE_SECONDS) if came else self._patient_of_request():
                 message = next(messages, None)
             if message is None:
                 if "stalled" in self._notes:

@@ -19,7 +19,12 @@ class _Refusal(threading.local):
     error: SkeydError | None = None
 
 
+class _Running(threading.local):
+    lane: Lane | None = None
+
+
 _refusal = _Refusal()
+_running = _Running()
 
 
 class Lane(ThreadPoolExecutor):
@@ -32,6 +37,7 @@ class Lane(ThreadPoolExecutor):
     def __init__(self, name: str, threads: int, waiting: int, reason: Reason, refusals: ThreadPoolExecutor) -> None:
         super().__init__(threads, name)
         self._name = name
+        self._running_at_once = threads
         self._free = self._most = threads + waiting
         self._reason = reason
         self._refusals = refusals
@@ -52,10 +58,16 @@ class Lane(ThreadPoolExecutor):
             self._leave()
             raise
 
+    def is_crowded(self) -> bool:
+        """Tell whether calls wait for a thread."""
+        return self._most - self._free > self._running_at_once
+
     def _counted(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        _running.lane = self
         try:
             return fn(*args, **kwargs)
         finally:
+            _running.lane = None
             self._leave()
 
     def _leave(self) -> None:
@@ -67,6 +79,11 @@ def require_admitted() -> None:
     """SkeydError where the running call is one too many, with the lane's reason."""
     if _refusal.error is not None:
         raise _refusal.error
+
+
+def crowding() -> Callable[[], bool]:
+    """Return what tells, in any thread and at any time, whether other calls wait for the running call's thread."""
+    return _running.lane.is_crowded if _running.lane is not None else bool
 
 
 def _refused(error: SkeydError, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

@@ -6,9 +6,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Final
 
 _FOREVER: Final = float("inf")
+
+
+@dataclass
+class _Wait:
+    deadline: float
+    every: float
+    give_up: Callable[[], object]
+    is_urgent: Callable[[], bool]
+    look: float
 
 
 class Patience:
@@ -19,35 +29,52 @@ class Patience:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._waits: dict[object, tuple[float, Callable[[], object]]] = {}
+        self._waits: dict[object, _Wait] = {}
         self._looks_at = _FOREVER
         self._thread: threading.Thread | None = None
 
     @contextmanager
-    def limit(self, seconds: float, give_up: Callable[[], object]) -> Iterator[None]:
-        """Call `give_up`, from another thread and once, if the body takes longer."""
-        wait, deadline = object(), time.monotonic() + seconds
+    def limit(
+        self,
+        seconds: float,
+        give_up: Callable[[], object],
+        sooner: float = _FOREVER,
+        is_urgent: Callable[[], bool] = bool,
+    ) -> Iterator[None]:
+        """Call `give_up`, from another thread and once, if the body takes longer.
+
+        After `sooner` seconds already if `is_urgent` says so, then or later, from that thread, too.
+        """
+        key, now = object(), time.monotonic()
+        every = min(sooner, seconds)
+        wait = _Wait(now + seconds, every, give_up, is_urgent, now + every)
         with self._changed:
-            self._waits[wait] = deadline, give_up
+            self._waits[key] = wait
             if self._thread is None:
                 self._thread = threading.Thread(target=self._watch, name="patience", daemon=True)
                 self._thread.start()
-            elif deadline < self._looks_at:
+            elif wait.look < self._looks_at:
                 self._changed.notify()
         try:
             yield
         finally:
             with self._changed:
-                self._waits.pop(wait, None)
+                self._waits.pop(key, None)
 
     def _watch(self) -> None:
         while True:
             with self._changed:
                 now = time.monotonic()
-                late = [wait for wait, (deadline, _) in self._waits.items() if deadline <= now]
-                given_up = [self._waits.pop(wait)[1] for wait in late]
-                if not given_up:
-                    self._looks_at = min((deadline for deadline, _ in self._waits.values()), default=_FOREVER)
+                due = [(key, wait) for key, wait in self._waits.items() if wait.look <= now]
+                if not due:
+                    self._looks_at = min((wait.look for wait in self._waits.values()), default=_FOREVER)
                     self._changed.wait(None if self._looks_at == _FOREVER else self._looks_at - now)
-            for give_up in given_up:
-                give_up()
+                    continue
+            # Without the lock: what is asked has locks of its own.
+            late = [key for key, wait in due if wait.deadline <= now or wait.is_urgent()]
+            with self._changed:
+                given_up = [wait for key in late if (wait := self._waits.pop(key, None))]
+                for _, wait in due:
+                    wait.look = min(now + wait.every, wait.deadline)
+            for wait in given_up:
+                wait.give_up()

@@ -11,7 +11,7 @@ import pytest
 
 from skeyd import limits
 from skeyd.errors import Reason, SkeydError
-from skeyd.rpc.lanes import Lane, require_admitted
+from skeyd.rpc.lanes import Lane, crowding, require_admitted
 from tests.rpc.stubs import SECONDS
 
 THREADS, WAITING = 2, 3
@@ -71,6 +71,20 @@ def test_a_refusal_is_of_that_call_only(lane: Lane) -> None:
     assert all(one.result(SECONDS) for one in admitted)
     lane.submit(require_admitted).result(SECONDS)
     require_admitted()
+
+
+def test_a_call_can_tell_whether_others_wait_for_its_thread(lane: Lane) -> None:
+    go_on, tell = threading.Event(), lane.submit(crowding).result(SECONDS)
+    assert not crowding()()  # no lane's
+    running = [lane.submit(go_on.wait, SECONDS) for _ in range(THREADS)]
+    assert not tell()
+    running.append(lane.submit(go_on.wait, SECONDS))
+    assert tell()
+    go_on.set()
+    assert all(one.result(SECONDS) for one in running)
+    # A call has left its place just after its result is there.
+    lane.shutdown()
+    assert not tell()
 
 
 def test_all_kinds_together_never_reach_grpcios_own_bound() -> None:

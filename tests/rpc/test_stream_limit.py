@@ -10,7 +10,16 @@ from contextlib import ExitStack
 import grpc
 import pytest
 
-from skeyd.limits import CALL_THREADS, DEFAULT_CHUNK_KEYS, MAX_KEY_STREAMS, MAX_WAITING, REQUEST_SECONDS, SPARE_THREADS
+from skeyd.limits import (
+    CALL_THREADS,
+    CHECK_THREADS,
+    DEFAULT_CHUNK_KEYS,
+    MAX_KEY_STREAMS,
+    MAX_WAITING,
+    REQUEST_SECONDS,
+    SPARE_THREADS,
+)
+from skeyd.rpc.health import SERVICE as HEALTH
 from skeyd.v1 import storage_key_service_pb2 as pb
 from tests.daemon import DaemonProcess
 from tests.rpc.standard_services import SERVING, check
@@ -142,6 +151,27 @@ def test_more_calls_without_a_request_than_a_kind_may_have_are_refused_and_keep_
             else:
                 parts = another.keys.GetSkeys(pb.GetSkeysRequest(vm=vm), timeout=REQUEST_SECONDS - 1)
                 assert [one.WhichOneof("part") for one in parts] == ["header", "chunk", "trailer"]
+        finally:
+            sent.set()
+            for call in calls:
+                call.cancel()
+
+
+def test_more_calls_without_a_request_than_threads_delay_no_health_check_until_they_are_cut_off(
+    daemon: DaemonProcess,
+) -> None:
+    with Stubs(daemon.target) as stubs, Stubs(daemon.target) as another:
+        never: grpc.StreamStreamMultiCallable[bytes, bytes] = stubs.channel.stream_stream(f"/{HEALTH}/Check")
+        sent = threading.Event()
+
+        def requests() -> Iterator[bytes]:
+            sent.wait()
+            yield from ()
+
+        calls = [never(requests()) for _ in range(2 * CHECK_THREADS)]
+        try:
+            # They may take REQUEST_SECONDS as long as nobody waits for a thread.
+            assert check(another.channel, seconds=REQUEST_SECONDS - 1) == SERVING
         finally:
             sent.set()
             for call in calls:
