@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any, Final
 
 from benchmarks.harness import (
@@ -32,6 +34,8 @@ from benchmarks.report import Report
 
 SIZES: Final = {"16 MiB": 16 * MIB, "256 MiB": 256 * MIB, "4 GiB": 4096 * MIB}
 STREAMS: Final = (1, 4, 16)
+SET_STREAMS: Final = (1, 4)
+SET_KEYS: Final = 64 * MIB
 KIB: Final = 1024
 
 
@@ -120,6 +124,29 @@ def side_by_side(processes: Processes, report: Report) -> None:
     report.at_most("front, chunks a stream beyond idle (4 and 16 streams)", 4.5, round(most, 2))
 
 
+def writing(processes: Processes, report: Report) -> None:
+    """Measure the front while keys are set, one VM's or several VMs' at once."""
+    path = processes.directory / "set"
+    write("random", path, SET_KEYS)
+    report.line("SetSkeys", "front more than idle", "in chunks of 1 MiB a stream")
+    for streams in SET_STREAMS:
+        with Daemon(processes.directory) as daemon, ExitStack() as stack:
+            names = [f"vms/s{number}" for number in range(streams)]
+            for name in names:
+                daemon.create_vm(SET_KEYS, name)
+            clients = [stack.enter_context(cpp_client(daemon.unix)) for _ in names]
+            idle = memory_of(daemon.pid).resident
+            with ThreadPoolExecutor(streams) as pool:
+                done = [
+                    pool.submit(client.do, "set", vm=name, file=path, chunk=CHUNK)
+                    for client, name in zip(clients, names, strict=True)
+                ]
+                seconds = [float(one.result()["seconds"]) for one in done]
+            more = (memory_of(daemon.pid).most - idle) / KIB
+        report.results[f"{streams} set"] = {"more_mib": more, "chunks_a_stream": more / streams, "seconds": seconds}
+        report.line(f"{streams}, of a VM each", f"{more:.1f} MiB", f"{more / streams:.2f}")
+
+
 def growth(options: argparse.Namespace, processes: Processes, report: Report) -> None:
     """Measure whether the front grows over many calls."""
     daemon: Daemon = processes.enter(Daemon(processes.directory))
@@ -154,6 +181,7 @@ def main(options: argparse.Namespace, processes: Processes, report: Report) -> N
     daemon = starting(options, processes, report)
     passing(daemon, processes, report)
     side_by_side(processes, report)
+    writing(processes, report)
     growth(options, processes, report)
 
 

@@ -22,6 +22,8 @@ from skeyd.worker.protocol import SLICE_KEYS
 
 UNCHANGED: Final = "UNCHANGED"
 UNKNOWN: Final = "UNKNOWN"
+_TOLD_HERE: Final = ("outcome", "dirty", "next_gfn", "keys_set", "crc32")
+"""What an error says of the keys is the front's to say: a worker's own words of it would be believed beside that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +202,8 @@ class KeyWriting:
             raise
 
     def _tell(self, error: SkeydError) -> None:
+        for name in _TOLD_HERE:
+            error.metadata.pop(name, None)
         last: LastWrite | None = None
         if self._committed:
             # By a worker that has set something else: there is nothing to undo, and nobody can know what there is.

@@ -135,6 +135,24 @@ def test_a_worker_that_is_lost_before_it_was_asked_to_set_anything_has_changed_n
     assert error_of(ours, ours.begin).metadata == {"outcome": "UNCHANGED"}
 
 
+@pytest.mark.parametrize(
+    ("outcomes", "told"),
+    [([None], {"outcome": "UNCHANGED"}), ([SkeydError(Reason.WORKER_LOST, "gone")], {"outcome": "UNKNOWN"})],
+)
+def test_what_a_workers_error_says_of_the_keys_by_itself_is_not_passed_on(
+    outcomes: list[LastWrite | SkeydError | None], told: dict[str, str]
+) -> None:
+    said = {"outcome": "KEPT", "dirty": "0x0-0x1", "next_gfn": "0x104", "keys_set": "4", "crc32": "0x00000000"}
+    session = FakeSession(MEMORY)
+    session.outcomes = outcomes
+    ours = begin(session, (0x100, 8))
+
+    def fail() -> None:
+        raise SkeydError(Reason.GFN_NOT_MAPPED, "said by a worker", {"gfn": "0x104", **said})
+
+    assert error_of(ours, fail).metadata == {"gfn": "0x104", **told}
+
+
 @pytest.mark.parametrize("enabled", [False, True])
 @pytest.mark.parametrize("outcome", ["rolled_back", "kept"])
 def test_the_error_says_whether_the_guest_uses_keys_since(enabled: bool, outcome: str) -> None:
