@@ -82,8 +82,13 @@ class Buffer:
         memory.write(self.target.pid, self.address + offset, content)
 
     def close(self, injection: Injection) -> None:
-        """Unmap it, in a slice of the same process. Errors as Injection.call; may be tried again then."""
-        injection.munmap(self._start, self.address + -(-self.size // _PAGE) * _PAGE - self._start)
+        """Unmap it, in a slice of the same process. Errors as Injection.call; may be tried again then.
+
+        What else the process has there by now stays: it has unmapped the buffer itself then.
+        """
+        size = self.address + -(-self.size // _PAGE) * _PAGE - self._start
+        if _is_there(self.target.pid, self._start, size):
+            injection.munmap(self._start, size)
         injection.write_note(0, 0, 0)
 
     def _check(self, offset: int, size: int) -> None:

@@ -79,5 +79,17 @@ class UnsupportedError(InjectionError):
     """This machine, or what the process is made of, is nothing that can be handled without harm."""
 
 
+class NoVmError(InjectionError):
+    """A descriptor of the process is no KVM VM, or not any more. `fd` is its number."""
+
+    def __init__(self, pid: int, fd: int) -> None:
+        self.fd = fd
+        super().__init__(pid, f"descriptor {fd} of process {pid} is no KVM VM")
+
+
+class BufferLostError(InjectionError):
+    """The process has unmapped the memory that its calls read and write."""
+
+
 class FaultedError(InjectionError):
     """The thread faulted while it was ours. The signal was kept from it, and it was put back as it was."""

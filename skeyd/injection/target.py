@@ -105,9 +105,17 @@ class Target:
 
     def vm_fds(self) -> list[int]:
         """Return the descriptors of the process that are KVM VMs, ascending. GoneError; PermissionError."""
-        return [fd for fd, link in sorted(self._links().items()) if link == VM_LINK]
+        return [fd for fd, link in sorted(self.links().items()) if link == VM_LINK]
 
-    def _links(self) -> dict[int, str]:
+    def is_vm(self, fd: int) -> bool:
+        """Tell whether a descriptor of the process is a KVM VM. PermissionError."""
+        try:
+            return os.readlink(f"/proc/{self.pid}/fd/{fd}") == VM_LINK
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+
+    def links(self) -> dict[int, str]:
+        """Return what its descriptors are, by number, as /proc/PID/fd has it. GoneError; PermissionError."""
         directory = f"/proc/{self.pid}/fd"
         found = {}
         try:

@@ -18,6 +18,24 @@ from skeyd.kvm.memory import GuestMemory
 from skeyd.storage_key import FRAME_SIZE
 
 
+def take_skeys(request: int, result: int) -> bool:
+    """Return whether the guest uses storage keys, by what GET or SET returned. KvmError where that is no result."""
+    if request == abi.KVM_S390_GET_SKEYS and result == abi.KVM_S390_GET_SKEYS_NONE:
+        return False
+    if result == 0:
+        return True
+    stands_for = errno.EFAULT if result == abi.PGM_ADDRESSING else errno.EIO
+    raise KvmError(abi.NAMES[request], stands_for, returned=result)
+
+
+def take_keyop(result: int, argument: bytes | bytearray) -> int:
+    """Return the key that KEYOP has written into its argument. KvmError where what it returned is no result."""
+    if result:
+        raise KvmError(abi.NAMES[abi.KVM_S390_KEYOP], errno.EIO, returned=result)
+    found: int = abi.kvm_s390_keyop.unpack(argument)[1]
+    return found
+
+
 class Vm:
     """A VM that this process created; made by Kvm.create_vm only.
 
@@ -49,7 +67,7 @@ class Vm:
         KvmError EFAULT: a frame in no memory slot; EINVAL: no key or over KVM_S390_SKEYS_MAX of them; EIO: another
         process's VM, or the VM is dead. All or nothing: after an error the buffer is untouched.
         """
-        return self._skeys(abi.KVM_S390_GET_SKEYS, start_gfn, buffer) != abi.KVM_S390_GET_SKEYS_NONE
+        return self._skeys(abi.KVM_S390_GET_SKEYS, start_gfn, buffer)
 
     def set_skeys(self, start_gfn: int, buffer: memoryview) -> None:
         """KVM_S390_SET_SKEYS: set the keys of as many frames from `start_gfn` on as `buffer`, writable bytes, has.
@@ -67,13 +85,9 @@ class Vm:
         slot; but Linux 7.0 and 7.1 *give a key* for such a frame (docs/kernel.md), so it must be known to be in one.
         """
         argument = bytearray(abi.kvm_s390_keyop.pack(gfn * FRAME_SIZE, key, operation))
-        result = ioctl.call(self._open_fd(), abi.KVM_S390_KEYOP, argument)
-        if result:
-            raise KvmError(abi.NAMES[abi.KVM_S390_KEYOP], errno.EIO, returned=result)
-        found: int = abi.kvm_s390_keyop.unpack(argument)[1]
-        return found
+        return take_keyop(ioctl.call(self._open_fd(), abi.KVM_S390_KEYOP, argument), argument)
 
-    def _skeys(self, request: int, start_gfn: int, buffer: memoryview) -> int:
+    def _skeys(self, request: int, start_gfn: int, buffer: memoryview) -> bool:
         # SAFETY: the kernel reads or writes len(buffer) bytes at this address; `keys` holds the buffer's memory in
         # place until the call is over.
         keys = (ctypes.c_ubyte * buffer.nbytes).from_buffer(buffer)
@@ -83,10 +97,7 @@ class Vm:
         finally:
             # Also on an error, whose traceback would otherwise keep the buffer from being closed while it is told of.
             del keys
-        if result == 0 or (request == abi.KVM_S390_GET_SKEYS and result == abi.KVM_S390_GET_SKEYS_NONE):
-            return result
-        stands_for = errno.EFAULT if result == abi.PGM_ADDRESSING else errno.EIO
-        raise KvmError(abi.NAMES[request], stands_for, returned=result)
+        return take_skeys(request, result)
 
     def close(self) -> None:
         """Close the fd. The VM ends with it."""

@@ -22,7 +22,9 @@ import pytest
 from skeyd.injection.buffer import Buffer
 from skeyd.injection.injection import Injection
 from skeyd.injection.target import Target
+from skeyd.injection.vm import ForeignVm
 from skeyd.kvm import abi
+from skeyd.kvm.errors import KvmError
 from tests.injection.tracers import Steps, count_steps_of, fork, kill_after, run
 from tests.injection.victims import SECONDS, cannot, differences, look_at_process, wait_for
 from tests.processes import Process, end, look_at
@@ -152,6 +154,29 @@ def test_keys_that_are_set_are_read_back_and_are_what_qemu_dumps(qemu: Qemu) -> 
         set_keys(qemu.pid, keys)
         assert acc_and_f(get_keys(qemu.pid)) == keys
         assert acc_and_f(qemu.dumped()) == keys
+    qemu.answers()
+
+
+def test_a_foreign_vm_answers_as_its_owner_would(qemu: Qemu) -> None:
+    keys = memoryview(bytearray(some_keys(3)))
+    found = memoryview(bytearray(FRAMES))
+    with Target(qemu.pid) as target, ForeignVm(target, target.vm_fds()[0], FRAMES, SECONDS) as vm:
+        assert vm.check_extension(abi.KVM_CAP_S390_SKEYS) == 1
+        assert not vm.get_skeys(0, found)
+        for _ in range(2):
+            vm.set_skeys(0, keys)
+        assert vm.get_skeys(0, found)
+        assert acc_and_f(bytes(found)) == keys
+        for call in (vm.get_skeys, vm.set_skeys):
+            with pytest.raises(KvmError, match="EFAULT"):
+                call(FRAMES - 1, memoryview(bytearray(2)))
+        with pytest.raises(KvmError, match="EINVAL"):
+            vm.set_skeys(0, memoryview(bytearray(b"\x01")))
+        if vm.check_extension(abi.KVM_CAP_S390_KEYOP):
+            assert vm.keyop(abi.KVM_S390_KEYOP_ISKE, 5) & 0xF8 == keys[5]
+            assert vm.keyop(abi.KVM_S390_KEYOP_SSKE, 5, 0x70) & 0xF8 == keys[5]
+            keys[5] = 0x70
+    assert acc_and_f(qemu.dumped())[: FRAMES - 1] == keys[: FRAMES - 1]
     qemu.answers()
 
 

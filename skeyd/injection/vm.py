@@ -1,0 +1,139 @@
+"""A VM that another process owns: the storage-key ioctls on it, made by one of that process's threads."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Final, Self
+
+from skeyd.injection.buffer import Buffer
+from skeyd.injection.errors import BufferLostError, GoneError, InjectionError, NoVmError, RefusedError
+from skeyd.injection.injection import Injection
+from skeyd.injection.target import Target
+from skeyd.kvm import abi
+from skeyd.kvm.errors import KvmError
+from skeyd.kvm.vm import take_keyop, take_skeys
+from skeyd.storage_key import FRAME_SIZE
+
+HEAD: Final = 64
+"""Bytes at the buffer's beginning for an ioctl's argument; keys lie behind them."""
+
+_SANDBOX: Final = (errno.EPERM, errno.EACCES, errno.ENOSYS)
+"""What none of the ioctls answers: it is seccomp's answer then, or another security module's."""
+
+
+class ForeignVm:
+    """A VM by its descriptor in another process. As skeyd.kvm.vm.Vm, call by call and KvmError by KvmError.
+
+    A call is one slice: the thread is held for the ioctl and not while keys are copied, `seconds` at most. Its buffer
+    in the process, of `most_keys` and some, is there from the constructor to `close`.
+
+    InjectionErrors are about the process and not the VM: GoneError, NoVmError, AlreadyTracedError, NotAllowedError,
+    RefusedError (a sandbox), TimedOutError (an ioctl may have been made or not), BufferLostError, UnsupportedError, and
+    from the constructor InUseError.
+
+    Synchronization: none.
+    """
+
+    def __init__(self, target: Target, fd: int, most_keys: int, seconds: float) -> None:
+        self._target = target
+        self._fd = fd
+        self._most = most_keys
+        self._seconds = seconds
+        self._buffer: Buffer | None = None
+        with self._slice() as injection:
+            self._buffer = Buffer.open(injection, HEAD + most_keys)
+
+    def check_extension(self, capability: int) -> int:
+        """Ask KVM_CHECK_EXTENSION of the VM: 0 for no."""
+        return self._ioctl(abi.KVM_CHECK_EXTENSION, capability)
+
+    def get_skeys(self, start_gfn: int, buffer: memoryview) -> bool:
+        """As skeyd.kvm.vm.Vm.get_skeys."""
+        uses_keys = self._skeys(abi.KVM_S390_GET_SKEYS, start_gfn, buffer.nbytes)
+        if uses_keys:
+            with self._memory() as memory:
+                memory.read_into(HEAD, buffer)
+        return uses_keys
+
+    def set_skeys(self, start_gfn: int, buffer: memoryview) -> None:
+        """As skeyd.kvm.vm.Vm.set_skeys."""
+        self._require_room(buffer.nbytes)
+        with self._memory() as memory:
+            memory.write(HEAD, bytes(buffer))
+        self._skeys(abi.KVM_S390_SET_SKEYS, start_gfn, buffer.nbytes)
+
+    def keyop(self, operation: int, gfn: int, key: int = 0) -> int:
+        """As skeyd.kvm.vm.Vm.keyop."""
+        with self._memory() as memory:
+            memory.write(0, abi.kvm_s390_keyop.pack(gfn * FRAME_SIZE, key, operation))
+        result = self._ioctl(abi.KVM_S390_KEYOP, memory.address)
+        with self._memory() as memory:
+            return take_keyop(result, memory.read(0, abi.kvm_s390_keyop.size))
+
+    def close(self) -> None:
+        """Unmap the buffer; nothing the second time, nor where the process has ended. It may be tried again."""
+        if self._buffer is None:
+            return
+        try:
+            with Injection(self._target, seconds=self._seconds) as injection:
+                self._buffer.close(injection)
+        except GoneError:
+            pass
+        self._buffer = None
+
+    def _require_room(self, count: int) -> None:
+        # The kernel writes as many, whatever lies behind the buffer.
+        if count > self._most:
+            raise ValueError(f"{count} keys are more than {self._most}")
+
+    def _skeys(self, request: int, start_gfn: int, count: int) -> bool:
+        self._require_room(count)
+        with self._memory() as memory:
+            memory.write(0, abi.kvm_s390_skeys.pack(start_gfn, count, memory.address + HEAD, 0))
+        return take_skeys(request, self._ioctl(request, memory.address))
+
+    def _ioctl(self, request: int, argument: int) -> int:
+        while True:
+            try:
+                with self._slice() as injection:
+                    return injection.ioctl(self._fd, request, argument)
+            except RefusedError as error:
+                if error.errno == errno.EINTR:
+                    continue  # as in skeyd.kvm.ioctl
+                if error.by_seccomp or error.errno in _SANDBOX:
+                    raise
+                raise KvmError(abi.NAMES[request], error.errno) from error
+
+    @contextmanager
+    def _slice(self) -> Iterator[Injection]:
+        if not self._target.is_vm(self._fd):
+            self._target.check()
+            raise NoVmError(self._target.pid, self._fd)
+        with Injection(self._target, seconds=self._seconds) as injection:
+            yield injection
+
+    @contextmanager
+    def _memory(self) -> Iterator[Buffer]:
+        if self._buffer is None:
+            raise InjectionError(self._target.pid, "this ForeignVm is closed")
+        try:
+            yield self._buffer
+        except OSError as error:
+            self._target.check()
+            pid = self._target.pid
+            raise BufferLostError(pid, f"the buffer in process {pid} is gone: {error}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except InjectionError:
+            if error is None:
+                raise
