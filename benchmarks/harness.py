@@ -228,20 +228,29 @@ class Told:
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
         self.pid = self._process.pid
+        self._words: list[str] = []
 
     def do(self, command: str, **arguments: object) -> dict[str, Any]:
         """Have a command done. BenchmarkError where it failed."""
-        words = [command, *(f"{name}={value}" for name, value in arguments.items())]
-        stdin, stdout = self._pipes()
+        self.begin(command, **arguments)
+        return self.end()
+
+    def begin(self, command: str, **arguments: object) -> None:
+        """Have a command begun, the answer to which `end` takes."""
+        self._words = [command, *(f"{name}={value}" for name, value in arguments.items())]
+        stdin, _ = self._pipes()
+        stdin.write(" ".join(self._words) + "\n")
+        stdin.flush()
+
+    def end(self) -> dict[str, Any]:
+        """Take the answer to the command that was begun. BenchmarkError where it failed."""
         with _limit(ANSWER_SECONDS):
-            stdin.write(" ".join(words) + "\n")
-            stdin.flush()
-            said = stdout.readline()
+            said = self._pipes()[1].readline()
         if not said:
-            raise BenchmarkError(f"a client ended at {words}")
+            raise BenchmarkError(f"a client ended at {self._words}")
         answer: dict[str, Any] = json.loads(said)
         if "error" in answer:
-            raise BenchmarkError(f"{' '.join(words)}: {answer['error']}")
+            raise BenchmarkError(f"{' '.join(self._words)}: {answer['error']}")
         return answer
 
     def first(self) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any, Final
 
@@ -136,12 +135,9 @@ def writing(processes: Processes, report: Report) -> None:
                 daemon.create_vm(SET_KEYS, name)
             clients = [stack.enter_context(cpp_client(daemon.unix)) for _ in names]
             idle = memory_of(daemon.pid).resident
-            with ThreadPoolExecutor(streams) as pool:
-                done = [
-                    pool.submit(client.do, "set", vm=name, file=path, chunk=CHUNK)
-                    for client, name in zip(clients, names, strict=True)
-                ]
-                seconds = [float(one.result()["seconds"]) for one in done]
+            for client, name in zip(clients, names, strict=True):
+                client.begin("set", vm=name, file=path, chunk=CHUNK)
+            seconds = [float(client.end()["seconds"]) for client in clients]
             more = (memory_of(daemon.pid).most - idle) / KIB
         report.results[f"{streams} set"] = {"more_mib": more, "chunks_a_stream": more / streams, "seconds": seconds}
         report.line(f"{streams}, of a VM each", f"{more:.1f} MiB", f"{more / streams:.2f}")
