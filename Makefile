@@ -65,8 +65,9 @@ test-big-endian: $(READY) ## All unit tests on all three emulated hosts, where `
 	SKEYD_EMULATED_SUITES="bookworm trixie forky" SKEYD_ALL_UNIT_TESTS=1 $(BIN)/pytest $(UNIT_SUITE)
 
 .PHONY: test-injection
-test-injection: $(READY) ## Calls in other processes, an unmodified QEMU among them, on a 6.x and a 7.x kernel
+test-injection: $(READY) ## Calls in other processes: the contract through one, and an unmodified QEMU, on a 6.x and a 7.x kernel
 	$(BIN)/python -m tests.emulated.prepare bookworm forky
+	SKEYD_EMULATED_SUITES="bookworm forky" SKEYD_CONTRACT_PLACE=adopted $(BIN)/pytest -m emulated tests/contract
 	SKEYD_EMULATED_SUITES="bookworm forky" $(BIN)/pytest $(INJECTION)
 
 .PHONY: soak

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.contract.kernels import GENERATION_OF_SUITE
-from tests.contract.operations import Delete
+from tests.contract.operations import HERE, Delete
 from tests.contract.real import RealKernel
 from tests.contract.simulated import SimulatedKernel
 from tests.contract.subject import Process, Subject, Vm, new_vm
@@ -25,16 +25,17 @@ class Kernels:
         self._kernels: dict[str, RealKernel | SimulatedKernel] = {}
 
     def __call__(self, name: str) -> RealKernel | SimulatedKernel:
-        """Return a suite's kernel, or simulated-GENERATION."""
+        """Return a suite's kernel, SUITE-PLACE, or simulated-GENERATION."""
         if name not in self._kernels:
             self._kernels[name] = self._make(name)
         return self._kernels[name]
 
     def _make(self, name: str) -> RealKernel | SimulatedKernel:
-        if name not in GENERATION_OF_SUITE:
-            return SimulatedKernel(name.removeprefix("simulated-"))
-        kernel = RealKernel(self._hosts(name))
-        assert kernel.generation == GENERATION_OF_SUITE[name], f"{name} has {kernel.name} now"
+        suite, _, place = name.partition("-")
+        if suite not in GENERATION_OF_SUITE:
+            return SimulatedKernel(place)
+        kernel = RealKernel(self._hosts(suite), place or HERE)
+        assert kernel.generation == GENERATION_OF_SUITE[suite], f"{suite} has {kernel.name} now"
         return kernel
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Final
 
 import pytest
@@ -12,7 +13,10 @@ from tests.emulated.fixtures import suites
 GENERATION_OF_SUITE: Final = {"bookworm": "4.19", "trixie": "4.19", "forky": "7.2"}
 """What each suite's kernel is expected to follow; the fixture holds it against what boots."""
 
-_SUITES: Final = suites()
+PLACE: Final = "SKEYD_CONTRACT_PLACE"
+"""In the environment: "adopted" has every storage-key call on real kernels made through another process."""
+
+_NAMES: Final = {suite: "-".join(filter(None, (suite, os.environ.get(PLACE)))) for suite in suites()}
 
 
 def over(*generations: str, simulated: bool = True) -> pytest.MarkDecorator:
@@ -23,8 +27,8 @@ def over(*generations: str, simulated: bool = True) -> pytest.MarkDecorator:
         if simulated and one in generations
     ]
     kernels += [
-        pytest.param(suite, id=suite, marks=[pytest.mark.emulated, pytest.mark.timeout(600)])
-        for suite in _SUITES
+        pytest.param(name, id=name, marks=[pytest.mark.emulated, pytest.mark.timeout(600)])
+        for suite, name in _NAMES.items()
         if GENERATION_OF_SUITE[suite] in generations
     ]
     return pytest.mark.parametrize("subject", kernels, indirect=True)

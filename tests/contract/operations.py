@@ -24,6 +24,8 @@ UNTOUCHED: Final = 0xEF
 
 HERE: Final = "here"
 """In the process that made the VM."""
+ADOPTED: Final = "adopted"
+"""The same, but it is another process that has its first thread make the storage-key calls (skeyd.injection)."""
 
 
 # --- operations ----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from tests.emulated.host import EmulatedHost, EmulatedHostError, HostDied
 ROOT: Final = Path(__file__).parents[2]
 INSIDE: Final = "/srv/contract"
 LOG: Final = f"{INSIDE}/log"
+SERVER: Final = ("adopting", "contract_server")
 LOOKS: Final = (["busybox", "free", "-m"], ["busybox", "uptime"], ["sh", "-c", "dmesg | tail -n 60"])
 """What says most where a process has ended, or stands still."""
 PORTS: Final = {(True, False): 50061, (False, False): 50062, (False, True): 50063, (True, True): 50064}
@@ -31,10 +32,11 @@ LOOK_SECONDS: Final = 20.0
 
 
 class RealKernel:
-    """A Subject: the kernel of an emulated host."""
+    """A Subject: the kernel of an emulated host. `place` is where operations are done that ask for none."""
 
-    def __init__(self, host: EmulatedHost) -> None:
+    def __init__(self, host: EmulatedHost, place: str = HERE) -> None:
         self.name = f"Linux {host.kernel}"
+        self.place = place
         self.generation = generation_of(host.kernel)
         self._host = host
         self._resources = ExitStack()
@@ -42,7 +44,7 @@ class RealKernel:
         self._given_up: str | None = None
         self._shared: tuple[AbstractContextManager[_Process], _Process] | None = None
         host.put_tree(ROOT / "skeyd", f"{INSIDE}/skeyd")
-        for path in ("tests/contract/operations.py", "tests/emulated/contract_server.py"):
+        for path in ("tests/contract/operations.py", *(f"tests/emulated/{one}.py" for one in SERVER)):
             host.put(f"{INSIDE}/{path}", (ROOT / path).read_bytes())
         try:
             _ = self.shared
@@ -160,7 +162,8 @@ class _Process:
         if self.has_ended:
             raise HostDied("the process inside the host has ended, as was told before")
         try:
-            operations.send(self._connection, operations.request(wanted, where))
+            place = self._kernel.place if where == HERE else where
+            operations.send(self._connection, operations.request(wanted, place))
             if (message := operations.receive(self._connection)) is not None:
                 return operations.answers_of(message)
             failure = "it has ended"

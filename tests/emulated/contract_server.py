@@ -51,6 +51,7 @@ from tests.contract.operations import (
     Touch,
     Unmap,
 )
+from tests.emulated import adopting
 
 ADDRESS: Final = "127.0.0.1"
 SYS_PIDFD_GETFD: Final = 438  # include/uapi/asm-generic/unistd.h @ v6.12; the same number on every architecture
@@ -133,6 +134,7 @@ class Process:
     def __init__(self) -> None:
         self._guests: dict[int, OwnedGuest] = {}
         self._more_memory: list[GuestMemory] = []
+        self.adopter = adopting.Adopter(_end_after)
 
     def play(self, operation: Operation) -> Answer:
         """Do one operation."""
@@ -257,6 +259,20 @@ def _answer(connection: socket.socket, descriptors: dict[int, int], wanted: list
     operations.send(connection, operations.response(answers))
 
 
+def _adopted(process: Process, wanted: list[Operation]) -> list[Answer]:
+    # What skeyd asks of a VM is asked by a process that traces this one; the rest is the owner's doing.
+    answers = []
+    for operation in wanted:
+        if adopting.is_for_it(operation):
+            descriptors = process.descriptors()
+            answers.append(process.adopter.play(descriptors[operation.vm], list(descriptors.values()), operation))
+            continue
+        if isinstance(operation, Delete):
+            process.adopter.release()
+        answers.append(process.play(operation))
+    return answers
+
+
 def _inherit(descriptors: dict[int, int], _: socket.socket) -> dict[int, int]:
     return descriptors
 
@@ -286,6 +302,7 @@ _PLACES: Final[dict[str, Callable[[Process, list[Operation]], list[Answer]]]] = 
     "child": _in_child(_inherit),
     "receiver": _in_child(_receive),
     "taker": _in_child(_take_from_parent),
+    operations.ADOPTED: _adopted,
 }
 
 
@@ -317,7 +334,7 @@ def attend(connection: socket.socket, process: Process) -> None:
         operations.send(connection, operations.response(_PLACES[message["where"]](process, wanted)))
 
 
-def _end_after(work: Callable[[], None]) -> None:
+def _end_after(work: Callable[[], None]) -> NoReturn:
     # A forked process never returns into its parent's code; what fails is told on standard error.
     status = 1
     try:
