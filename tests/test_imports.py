@@ -31,7 +31,7 @@ LEAVES = {
 NOT_FOR_WORKERS = {"checksum", "digest", "encoding", "limits", "paths", "summary", "turns", "wire"}
 MAY_IMPORT_OF_SKEYD = {
     "kvm": {"kvm", "linux", "storage_key"},
-    "injection": {"injection", "kvm", "errors", "linux"},
+    "injection": {"injection", "kvm", "storage_key"},
     "worker": {"worker", "kvm", *(LEAVES - NOT_FOR_WORKERS)},
     "vms": {"vms", "worker.protocol", "worker.outcomes", "worker.channel", *LEAVES},
     "rpc": {"rpc", "vms", "worker.protocol", "worker.outcomes", "worker.slots", "v1", "standard", *LEAVES},
