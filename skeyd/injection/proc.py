@@ -18,9 +18,12 @@ def status(pid: int, tid: int) -> dict[str, str]:
 
 
 def threads(pid: int) -> list[int]:
-    """Return the ids of a process's threads, ascending. GoneError."""
+    """Return the ids of a process's threads, the first thread's first, the others ascending. GoneError.
+
+    Where the kernel's numbers have begun anew since the process was started, later threads have lower ones (seen).
+    """
     try:
-        return sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))
+        return sorted((int(name) for name in os.listdir(f"/proc/{pid}/task")), key=lambda tid: (tid != pid, tid))
     except (FileNotFoundError, ProcessLookupError) as error:
         raise GoneError(pid, f"process {pid} has ended") from error
 

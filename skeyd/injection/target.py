@@ -73,7 +73,7 @@ class Target:
             raise GoneError(self.pid, f"process {self.pid} has ended")
 
     def threads(self) -> list[Thread]:
-        """Return its threads that live, ascending. GoneError."""
+        """Return its threads that live, the first one first. GoneError."""
         return [thread for tid in proc.threads(self.pid) if (thread := self._thread(tid)) is not None]
 
     def _thread(self, tid: int) -> Thread | None:

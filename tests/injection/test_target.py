@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from skeyd.injection import proc
 from skeyd.injection import target as target_module
 from skeyd.injection.buffer import Buffer
 from skeyd.injection.errors import GoneError, UnsupportedError
@@ -50,6 +51,12 @@ def test_a_target_that_was_closed_is_used_no_more() -> None:
             target.check()
         target.close()
         hold(victim.pid)
+
+
+def test_the_first_thread_is_first_though_later_ones_have_lower_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As where the kernel's numbers have come to their end and begun anew.
+    monkeypatch.setattr("os.listdir", lambda _: ["301", "32767", "300"])
+    assert proc.threads(32767) == [32767, 300, 301]
 
 
 def test_a_thread_that_runs_a_vcpu_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
