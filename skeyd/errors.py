@@ -42,10 +42,17 @@ class Reason(enum.Enum):
     VM_EXISTS = "The id is taken; by a dead or quarantined VM too."
     VM_BUSY = "Another call that changes this VM or its keys runs: SetSkeys, SetSkey, DeleteVm, CreateVm, and so on."
     VM_REPLACED = "The VM that a stream or a comparison began with is gone, and another has its name."
-    VM_DEAD = "The VM's worker is gone, or the kernel has declared the VM dead."
+    VM_DEAD = "The VM's worker or, of an adopted VM, its VMM is gone, or the kernel has declared the VM dead."
     VM_QUARANTINED = "Something is there that skeyd can't explain; it leaves it alone."
     WORKER_LOST = "The VM's worker went away or did not answer in time, or is being started."
     WORKER_FAILED = "A worker did not start, or did what the protocol forbids."
+    # the VMM of an adopted VM
+    VMM_NOT_FOUND = "There is no such process, or it has no such VM."
+    VMM_NOT_TRACEABLE = "The kernel doesn't let the worker trace the VMM."
+    VMM_TRACED = "A debugger or another skeyd traces the VMM, and the kernel allows one at a time."
+    VMM_SANDBOXED = "The VMM's sandbox refuses a system call; the message names it."
+    VMM_STUCK = "The VMM's thread did not stop in time, or the call that it made did not end in time."
+    VMM_UNSUITABLE = "What the VMM is, or has done, keeps calls from being made in it; the message says what."
     # the host
     KVM_UNAVAILABLE = "/dev/kvm is missing or not for the worker's user."
     CAP_S390_SKEYS_MISSING = "The kernel has no storage-key calls: it is no s390x host, or a very old one."

@@ -32,7 +32,7 @@ NOT_FOR_WORKERS = {"checksum", "digest", "encoding", "limits", "paths", "summary
 MAY_IMPORT_OF_SKEYD = {
     "kvm": {"kvm", "linux", "storage_key"},
     "injection": {"injection", "kvm", "storage_key"},
-    "worker": {"worker", "kvm", *(LEAVES - NOT_FOR_WORKERS)},
+    "worker": {"worker", "injection", "kvm", *(LEAVES - NOT_FOR_WORKERS)},
     "vms": {"vms", "worker.protocol", "worker.outcomes", "worker.channel", *LEAVES},
     "rpc": {"rpc", "vms", "worker.protocol", "worker.outcomes", "worker.slots", "v1", "standard", *LEAVES},
     "client": {"client", "v1", "standard", *LEAVES},

@@ -65,12 +65,16 @@ class Target:
 
     def check(self) -> None:
         """GoneError where the process has ended."""
-        if self._pidfd is None:
-            raise GoneError(self.pid, f"process {self.pid} is nobody's target any more")
         poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
+        poll.register(self.fileno(), select.POLLIN)
         if poll.poll(0):
             raise GoneError(self.pid, f"process {self.pid} has ended")
+
+    def fileno(self) -> int:
+        """Return the pidfd: readable once the process has ended. GoneError after `close`."""
+        if self._pidfd is None:
+            raise GoneError(self.pid, f"process {self.pid} is nobody's target any more")
+        return self._pidfd
 
     def threads(self) -> list[Thread]:
         """Return its threads that live, the first one first. GoneError."""

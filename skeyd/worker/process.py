@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, Final
@@ -28,7 +29,7 @@ from skeyd.worker.protocol import (
     decode,
     error_message,
 )
-from skeyd.worker.service import Service
+from skeyd.worker.service import HasFileno, Service
 from skeyd.worker.simulated import SimulatedVm
 from skeyd.worker.traceback_log import log_traceback
 
@@ -43,7 +44,7 @@ def serve_vm(directory_fd: int) -> int:
     """
     with ExitStack() as resources:
         try:
-            service, wake = _prepare(directory_fd, resources)
+            service, ends = _prepare(directory_fd, resources)
         except SkeydError as error:
             _say(error_message(error))
             return 1
@@ -56,7 +57,7 @@ def serve_vm(directory_fd: int) -> int:
             _say(error_message(SkeydError(Reason.WORKER_FAILED, f"the worker failed to start: {error!r}")))
             return 1
         _say({"ok": {}})
-        service.run(wake)
+        service.run(ends)
     return 0
 
 
@@ -77,7 +78,7 @@ def report_host() -> int:
     return 0
 
 
-def _prepare(directory_fd: int, resources: ExitStack) -> tuple[Service, socket.socket]:
+def _prepare(directory_fd: int, resources: ExitStack) -> tuple[Service, list[HasFileno]]:
     try:
         spec = Spec.from_message(decode(sys.stdin.buffer.read(MESSAGE_MAX + 1), "the spec"))
     except ProtocolError as error:
@@ -90,7 +91,7 @@ def _prepare(directory_fd: int, resources: ExitStack) -> tuple[Service, socket.s
     for ignored in (signal.SIGINT, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     wake, _ = resources.enter_context(signals_by_socket([signal.SIGTERM]))
-    backend: Backend = OwnedVm(spec) if spec.kind == "owned" else SimulatedVm(spec)
+    backend, ends, release = _backend(spec)
     resources.callback(backend.close)
     hello = Hello(
         vm_id=spec.vm_id,
@@ -107,7 +108,21 @@ def _prepare(directory_fd: int, resources: ExitStack) -> tuple[Service, socket.s
     listener = resources.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
     listener.bind(address_in(directory_fd, SOCKET))
     listener.listen(_BACKLOG)
-    return Service(listener, hello, backend, partial(open_unnamed, directory_fd)), wake
+    return Service(listener, hello, backend, partial(open_unnamed, directory_fd), release), [wake, *ends]
+
+
+def _backend(spec: Spec) -> tuple[Backend, list[HasFileno], Callable[[], None]]:
+    # And what becomes readable once the VM has ended by itself, and what is to be done before its worker may end.
+    match spec.kind:
+        case "owned":
+            return OwnedVm(spec), [], lambda: None
+        case "adopted":
+            # Here, so that other kinds' workers don't pay for what they never use.
+            from skeyd.worker.adopted import AdoptedVm
+
+            adopted = AdoptedVm(spec)
+            return adopted, [adopted], adopted.release
+    return SimulatedVm(spec), [], lambda: None
 
 
 def _say(message: dict[str, Any]) -> None:

@@ -57,11 +57,11 @@ LOCK: Final = "worker.lock"
 SOCKET: Final = "worker.sock"
 """Socket in the VM's directory that its worker listens on."""
 
-KINDS: Final = ("owned", "simulated")
+KINDS: Final = ("owned", "adopted", "simulated")
 KEYOPS: Final = ("iske", "rrbe", "sske")
 """What KVM_S390_KEYOP does, by the names of the instructions."""
-BACKINGS: Final = ("anonymous", "memfd", "file", "none")
-"""The last is what a simulated VM has."""
+BACKINGS: Final = ("anonymous", "memfd", "file", "none", "vmm")
+""""none" is what a simulated VM has, "vmm" what an adopted one has: memory of its VMM's."""
 SIMULATED_KERNELS: Final = ("4.19", "7.0", "7.2")
 """The first release of each generation that a simulated VM can follow."""
 
@@ -70,6 +70,10 @@ MAX_MEMORY_SLOTS: Final = 32
 
 MAX_MEMORY: Final = (((1 << 31) - 1) << 12) & ~((1 << 20) - 1)
 """Bytes in a slot: KVM_MEM_MAX_NR_PAGES, 2^31 - 1 frames (include/linux/kvm_host.h @ v6.12), in whole MiB."""
+
+PID_MAX: Final = 1 << 31
+FD_MAX: Final = (1 << 31) - 1
+HOLD_MAX_MS: Final = 10_000
 
 VM_ID: Final = re.compile(r"[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?")
 UID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -199,6 +203,33 @@ class SlotSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Adoption:
+    """A VM of another process."""
+
+    pid: int
+    start_time: int
+    """Of that process, in clock ticks since boot: another with its number has another."""
+    fd: int
+    """The VM's descriptor there."""
+    hold_ms: int
+    """How long a call may hold a thread of the process, in milliseconds."""
+
+    def to_message(self) -> dict[str, Any]:
+        """Write it down."""
+        return {"pid": self.pid, "start_time": self.start_time, "fd": self.fd, "hold_ms": self.hold_ms}
+
+    @classmethod
+    def from_message(cls, message: Fields) -> Self:
+        """Read it. ProtocolError for anything that is none."""
+        return cls(
+            message.integer("pid", 1, PID_MAX),
+            message.integer("start_time", 0, GFN_LIMIT),
+            message.integer("fd", 0, FD_MAX),
+            message.integer("hold_ms", 1, HOLD_MAX_MS),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Spec:
     """All that a worker needs to know to make its VM."""
 
@@ -211,6 +242,8 @@ class Spec:
     """Seconds since 1970."""
     simulated_kernel: str = SIMULATED_KERNELS[-1]
     """One of SIMULATED_KERNELS."""
+    adoption: Adoption | None = None
+    """Of an adopted VM."""
 
     def to_message(self) -> dict[str, Any]:
         """Write it down."""
@@ -221,6 +254,7 @@ class Spec:
             "kind": self.kind,
             "created": self.created,
             "simulated_kernel": self.simulated_kernel,
+            "adoption": self.adoption and self.adoption.to_message(),
             "slots": [
                 {
                     "guest_phys_addr": slot.guest_phys_addr,
@@ -236,10 +270,13 @@ class Spec:
     def from_message(cls, message: Fields) -> Self:
         """Read it. ProtocolError for anything that is none."""
         message.integer("protocol", PROTOCOL, PROTOCOL)
+        kind = message.choice("kind", KINDS)
+        if kind != "adopted" and message.has("adoption"):
+            raise ProtocolError(f"the adoption of a VM of kind {kind}")
         return cls(
             vm_id=message.text("id", VM_ID),
             uid=message.text("uid", UID),
-            kind=message.choice("kind", KINDS),
+            kind=kind,
             created=message.integer("created", 0, CREATED_MAX),
             simulated_kernel=message.choice("simulated_kernel", SIMULATED_KERNELS),
             slots=tuple(
@@ -251,6 +288,7 @@ class Spec:
                 )
                 for slot in message.objects("slots", MAX_MEMORY_SLOTS)
             ),
+            adoption=Adoption.from_message(message.object("adoption")) if kind == "adopted" else None,
         )
 
 
@@ -320,7 +358,7 @@ class Hello:
             kind=message.choice("kind", KINDS),
             kernel=message.text("kernel"),
             version=message.text("version"),
-            pid=message.integer("pid", 1, 1 << 31),
+            pid=message.integer("pid", 1, PID_MAX),
             created=message.integer("created", 0, CREATED_MAX),
             slots=slots,
             keyop=message.boolean("keyop"),

@@ -6,8 +6,8 @@ import mmap
 import os
 import selectors
 import socket
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Iterable
+from typing import Any, Final, Protocol
 
 from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange
@@ -36,6 +36,13 @@ MAX_CONNECTIONS: Final = 128
 """Connections at once; one more is closed unanswered. Each costs BUFFER_BYTES at most."""
 
 
+class HasFileno(Protocol):
+    """A descriptor's owner."""
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+
+
 class _Connection:
     def __init__(self, connection: socket.socket) -> None:
         self.channel = Channel(connection)
@@ -50,14 +57,21 @@ class _Connection:
 class Service:
     """Serves one VM's keys on a listening socket until it is told to end, by a shutdown request or by `stop`.
 
-    A connection that breaks the protocol is closed; the others and the VM go on.
+    A connection that breaks the protocol is closed; the others and the VM go on. `release` is called before a shutdown
+    request is obeyed: what it raises is the answer, and all goes on.
     """
 
     def __init__(
-        self, listener: socket.socket, hello: Hello, backend: Backend, open_journal: Callable[[], int]
+        self,
+        listener: socket.socket,
+        hello: Hello,
+        backend: Backend,
+        open_journal: Callable[[], int],
+        release: Callable[[], None] = lambda: None,
     ) -> None:
         self._listener = listener
         self._hello = hello
+        self._release = release
         self._keys = Keys(backend)
         self._keyops = KeyOps(backend, self._keys)
         self._transactions = Transactions(self._keys, open_journal)
@@ -65,11 +79,12 @@ class Service:
         self._selector = selectors.DefaultSelector()
         self._running = True
 
-    def run(self, wake: socket.socket) -> None:
-        """Serve. A byte on `wake` (a signal's) ends it."""
+    def run(self, ends: Iterable[HasFileno]) -> None:
+        """Serve until one of `ends` is readable: a signal has come, or the VM's owner is gone."""
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ, None)
-        self._selector.register(wake, selectors.EVENT_READ, wake)
+        for end in ends:
+            self._selector.register(end, selectors.EVENT_READ, end)
         try:
             while self._running:
                 # Rolling back goes on between requests, so that nobody who reads waits for more than a slice of it.
@@ -173,6 +188,7 @@ class Service:
             case "shutdown":
                 if request.text("uid") != self._hello.uid:
                     raise ProtocolError("shutdown of another VM")
+                self._release()
                 self._running = False
                 return {}, None
         raise ProtocolError("no such op")

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from skeyd.worker.protocol import (
     MAX_MEMORY,
     MAX_MEMORY_SLOTS,
     MESSAGE_MAX,
+    Adoption,
     Fields,
     Hello,
     ProtocolError,
@@ -36,7 +38,12 @@ from tests.examples import examples
 from tests.worker.specs import UID
 
 SPEC = Spec(
-    "web-1", UID, "owned", (SlotSpec(0, 1 << 20, "memfd"), SlotSpec(1 << 30, 1 << 20, "file", "/g/m")), 1_700_000_000
+    "web-1",
+    UID,
+    "adopted",
+    (SlotSpec(0, 1 << 20, "memfd"), SlotSpec(1 << 30, 1 << 20, "file", "/g/m")),
+    1_700_000_000,
+    adoption=Adoption(4711, 123_456, 9, 1000),
 )
 HELLO = Hello(
     "web-1",
@@ -71,7 +78,7 @@ NO_FLAG: list[Any] = [None, 0, 1, 1.5, "true", [], {}]
 LONG = "x" * 1025
 BAD_ID = ["", "A", "1a", "-a", "a-", "a_b", "a b", "a.b", "a/b", "..", "ä", "a" * 64, "a\n", "\na", "a\0"]
 BAD_UID = ["", UID[:-1], UID + "0", UID.upper(), UID.replace("-", ""), UID + "\n", "{" + UID + "}"]
-BAD_KIND = ["", "Owned", "adopted", "owned ", "none"]
+BAD_KIND = ["", "Owned", "adopt", "owned ", "none"]
 BAD_BACKING = ["", "ANONYMOUS", "hugetlb", "anonymous\n"]
 
 BAD: dict[str, dict[tuple[str | int, ...], list[Any]]] = {
@@ -82,6 +89,11 @@ BAD: dict[str, dict[tuple[str | int, ...], list[Any]]] = {
         ("kind",): [*NO_TEXT, *BAD_KIND],
         ("created",): [*NO_INTEGER, -1, protocol.CREATED_MAX + 1],
         ("simulated_kernel",): [*NO_TEXT, "", "6.1", "7.2 ", "latest"],
+        ("adoption",): NO_OBJECT,
+        ("adoption", "pid"): [*NO_INTEGER, -1, 0, (1 << 31) + 1],
+        ("adoption", "start_time"): [*NO_INTEGER, -1, (1 << 64) + 1],
+        ("adoption", "fd"): [*NO_INTEGER, -1, 1 << 31],
+        ("adoption", "hold_ms"): [*NO_INTEGER, -1, 0, 10_001],
         ("slots",): [*NO_LIST, *([one] for one in NO_OBJECT)],
         ("slots", 1, "guest_phys_addr"): [*NO_INTEGER, -1, 1 << 64],
         ("slots", 1, "size"): [*NO_INTEGER, -1, 0, MAX_MEMORY + 1, 1 << 64],
@@ -159,6 +171,8 @@ def test_every_field_of_every_message_is_broken_by_some_test() -> None:
         fields: set[tuple[str | int, ...]] = {(name,) for name in message}
         if kind in LISTS:
             fields |= {(LISTS[kind], 1, name) for name in message[LISTS[kind]][1]}
+        if "adoption" in message:
+            fields |= {("adoption", name) for name in message["adoption"]}
         assert fields == set(BAD[kind])
 
 
@@ -186,11 +200,24 @@ _frames = st.integers(0, (1 << 64) - 1).flatmap(
         ).map(tuple),
         created=st.integers(0, protocol.CREATED_MAX),
         simulated_kernel=st.sampled_from(protocol.SIMULATED_KERNELS),
-    )
+        adoption=st.builds(
+            Adoption,
+            st.integers(1, protocol.PID_MAX),
+            st.integers(0, 1 << 64),
+            st.integers(0, protocol.FD_MAX),
+            st.integers(1, protocol.HOLD_MAX_MS),
+        ),
+    ).map(lambda spec: spec if spec.kind == "adopted" else replace(spec, adoption=None))
 )
 @settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_spec_arrives_as_it_was_written(spec: Spec) -> None:
     assert Spec.from_message(decode(encode(spec.to_message()), "it")) == spec
+
+
+@pytest.mark.parametrize("kind", ["owned", "simulated"])
+def test_only_an_adopted_vm_is_another_processs(kind: str) -> None:
+    with pytest.raises(ProtocolError, match=f"the adoption of a VM of kind {kind}"):
+        Spec.from_message(_over_the_wire(replace(SPEC, kind=kind).to_message()))
 
 
 @given(

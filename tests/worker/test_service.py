@@ -49,7 +49,7 @@ def _serving(directory: Path, backend: Backend, open_journal: Callable[[], int] 
         listener.listen()
         hello = Hello("web", UID, "0" * 32, "owned", "6.1", "0", os.getpid(), 0, backend.memory_map.slots)
         service = Service(listener, hello, backend, open_journal or partial(_open_journal, directory))
-        thread = threading.Thread(target=service.run, args=(wake,))
+        thread = threading.Thread(target=service.run, args=([wake],))
         thread.start()
         try:
             yield
