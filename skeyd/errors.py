@@ -47,6 +47,7 @@ class Reason(enum.Enum):
     WORKER_LOST = "The VM's worker went away or did not answer in time, or is being started."
     WORKER_FAILED = "A worker did not start, or did what the protocol forbids."
     # the VMM of an adopted VM
+    ADOPTION_FORBIDDEN = "The daemon was started without --allow-adoption."
     VMM_NOT_FOUND = "There is no such process, or it has no such VM."
     VMM_NOT_TRACEABLE = "The kernel doesn't let the worker trace the VMM."
     VMM_TRACED = "A debugger or another skeyd traces the VMM, and the kernel allows one at a time."

@@ -66,6 +66,7 @@ class Settings:
     worker_launcher: str | None
     """An absolute path; "none"; or None, which is the default one where it is installed."""
     log_format: str
+    allow_adoption: bool = False
 
 
 class ListenError(Exception):
@@ -98,7 +99,7 @@ class Daemon:
         self.health = Health(names, watches)
         self._reflection = Reflection([*names, HEALTH, *map(service_name, VERSIONS)], watches)
         self._keys = StorageKeyService(self._registry, streams, short_calls)
-        self._vms = VmService(self._registry, settings.memory_dir, short_calls)
+        self._vms = VmService(self._registry, settings.memory_dir, short_calls, allow_adoption=settings.allow_adoption)
         self._host = HostService(self._registry, short_calls)
         refusals = ThreadPoolExecutor(limits.SPARE_THREADS, "refusal")
 
@@ -254,6 +255,11 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         f"Linux 6.19; {launcher.NONE}: directly (default: {launcher.DEFAULT} where it is installed)",
     )
     parser.add_argument(
+        "--allow-adoption",
+        action="store_true",
+        help="let callers adopt VMs of other processes; workers need CAP_SYS_PTRACE for it (default: nobody may)",
+    )
+    parser.add_argument(
         "--log-format",
         choices=logs.FORMATS,
         default="auto",
@@ -272,6 +278,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         memory_dir=memory_dir and memory_dir.absolute(),
         worker_launcher=given.worker_launcher,
         log_format=given.log_format,
+        allow_adoption=given.allow_adoption,
     )
 
 

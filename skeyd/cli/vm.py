@@ -14,12 +14,14 @@ from skeyd.storage_key import FRAME_SIZE
 from skeyd.v1 import vm_pb2, vm_service_pb2
 
 _KINDS = {"owned": vm_pb2.VM_KIND_OWNED, "simulated": vm_pb2.VM_KIND_SIMULATED}
+_ALL_KINDS = {**_KINDS, "adopted": vm_pb2.VM_KIND_ADOPTED}
 _BACKINGS = {
     "anonymous": vm_pb2.MEMORY_BACKING_ANONYMOUS,
     "memfd": vm_pb2.MEMORY_BACKING_MEMFD,
     "file": vm_pb2.MEMORY_BACKING_FILE,
     "none": vm_pb2.MEMORY_BACKING_NONE,
 }
+_ALL_BACKINGS = {**_BACKINGS, "vmm": vm_pb2.MEMORY_BACKING_VMM}
 _SIMULATED = {
     "4.19": vm_pb2.SIMULATED_KERNEL_LINUX_4_19,
     "7.0": vm_pb2.SIMULATED_KERNEL_LINUX_7_0,
@@ -34,7 +36,7 @@ _WRITE_OUTCOMES = {
 
 @click.group()
 def vm() -> None:
-    """Create, list, show and delete VMs."""
+    """Create, adopt, list, show and delete VMs."""
 
 
 @vm.command()
@@ -55,11 +57,9 @@ def create(
     target: str, vm_id: str, kind: str, memories: tuple[str, ...], simulated_kernel: str | None, as_json: bool
 ) -> None:
     """Create a VM named ID."""
-    slots: list[vm_service_pb2.MemorySlotSpec] = []
-    for text in memories:
-        following = slots[-1].guest_phys_addr + slots[-1].memory_size if slots else 0
-        slots.append(_slot(text, following))
-    request = vm_service_pb2.CreateVmRequest(vm_id=require_utf8(vm_id), kind=_KINDS[kind], memory_slots=slots)
+    request = vm_service_pb2.CreateVmRequest(
+        vm_id=require_utf8(vm_id), kind=_KINDS[kind], memory_slots=_slots(memories, with_backing=True)
+    )
     if simulated_kernel is not None:
         request.simulated_kernel = _SIMULATED[simulated_kernel]
     with connect(target) as client:
@@ -68,6 +68,44 @@ def create(
         show_json(_as_json(made))
     else:
         click.echo(f"{made.name} created: {made.kernel}, {_memory(made)}")
+
+
+@vm.command()
+@click.argument("vm_id", metavar="ID")
+@click.option("--pid", type=click.IntRange(min=1), required=True, help="The process that owns the VM, a QEMU's.")
+@click.option("--fd", type=click.IntRange(min=0), help="Its descriptor of the VM, where it has several.")
+@click.option(
+    "--memory",
+    "memories",
+    metavar="SIZE[@ADDRESS]",
+    multiple=True,
+    required=True,
+    help="A memory slot as the VMM made it: 4G, 1G@64G. Without an address it follows the one before.",
+)
+@click.option("--max-hold-ms", type=click.IntRange(min=1), help="How long a call may hold the VMM's thread.")
+@json_option
+@click.pass_obj
+def adopt(
+    target: str,
+    vm_id: str,
+    pid: int,
+    fd: int | None,
+    memories: tuple[str, ...],
+    max_hold_ms: int | None,
+    as_json: bool,
+) -> None:
+    """Adopt a VM of another process, named ID: a thread of that process makes the calls."""
+    request = vm_service_pb2.AdoptVmRequest(
+        vm_id=require_utf8(vm_id), pid=pid, vm_fd=fd, memory_slots=_slots(memories, with_backing=False)
+    )
+    if max_hold_ms is not None:
+        request.max_hold_time.FromMilliseconds(max_hold_ms)
+    with connect(target) as client:
+        made = client.adopt_vm(request)
+    if as_json:
+        show_json(_as_json(made))
+    else:
+        click.echo(f"{made.name} adopted from {_vmm(made)}: {made.kernel}, {_memory(made)}")
 
 
 @vm.command("list")
@@ -115,6 +153,7 @@ def show(target: str, vm_id: str, as_json: bool) -> None:
         "incarnation": found.incarnation,
         "created": found.create_time.ToJsonString() if found.HasField("create_time") else "",
         "worker": f"pid {found.worker_pid}, skeyd {found.worker_version}" if found.worker_pid else "",
+        "VMM": _vmm(found),
         "last write": _last_write(found),
     }
     for name, value in lines.items():
@@ -135,7 +174,7 @@ def show(target: str, vm_id: str, as_json: bool) -> None:
 @json_option
 @click.pass_obj
 def delete(target: str, vm_id: str, yes: bool, as_json: bool) -> None:
-    """End a VM: it, its memory and its keys are gone."""
+    """End a VM: it, its memory and its keys are gone. An adopted one is let go, and its process has it as before."""
     name = vm_name(vm_id)
     if not yes:
         if not sys.stdin.isatty():
@@ -154,6 +193,16 @@ def _confirm(question: str) -> None:
     click.echo(f"{question} [y/N]: ", nl=False, err=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise click.Abort
+
+
+def _slots(memories: tuple[str, ...], with_backing: bool) -> list[vm_service_pb2.MemorySlotSpec]:
+    slots: list[vm_service_pb2.MemorySlotSpec] = []
+    for text in memories:
+        if ":" in text and not with_backing:
+            raise click.BadParameter("the memory is the VMM's: SIZE[@ADDRESS]", param_hint="--memory")
+        following = slots[-1].guest_phys_addr + slots[-1].memory_size if slots else 0
+        slots.append(_slot(text, following))
+    return slots
 
 
 def _slot(text: str, following: int) -> vm_service_pb2.MemorySlotSpec:
@@ -192,6 +241,7 @@ def _as_json(vm: vm_pb2.Vm) -> dict[str, Any]:
         "worker_version": vm.worker_version or None,
         "worker_pid": vm.worker_pid or None,
         "create_time": vm.create_time.ToJsonString() if vm.HasField("create_time") else None,
+        "vmm": _vmm_json(vm),
         "last_write": _last_write_json(vm),
     }
 
@@ -200,7 +250,7 @@ def _as_json(vm: vm_pb2.Vm) -> dict[str, Any]:
 
 
 def _kind(vm: vm_pb2.Vm) -> str | None:
-    return next((word for word, number in _KINDS.items() if number == vm.kind), None)
+    return next((word for word, number in _ALL_KINDS.items() if number == vm.kind), None)
 
 
 def _state(vm: vm_pb2.Vm) -> str | None:
@@ -212,7 +262,7 @@ def _uses_keys(vm: vm_pb2.Vm) -> bool | None:
 
 
 def _backing(slot: vm_pb2.MemorySlot) -> str:
-    return next((word for word, number in _BACKINGS.items() if number == slot.backing), "unknown")
+    return next((word for word, number in _ALL_BACKINGS.items() if number == slot.backing), "unknown")
 
 
 def _memory(vm: vm_pb2.Vm) -> str:
@@ -224,6 +274,24 @@ def _size(size: int) -> str:
         if size >= unit and not size % unit:
             return f"{size // unit} {name}"
     return f"{size // (1 << 20)} MiB"
+
+
+def _vmm(vm: vm_pb2.Vm) -> str:
+    if not vm.HasField("vmm"):
+        return ""
+    return f"pid {vm.vmm.pid}, {vm.vmm.executable or 'unknown'}, uid {vm.vmm.uid}, VM descriptor {vm.vmm.vm_fd}"
+
+
+def _vmm_json(vm: vm_pb2.Vm) -> dict[str, Any] | None:
+    if not vm.HasField("vmm"):
+        return None
+    return {
+        "pid": vm.vmm.pid,
+        "start_time": vm.vmm.start_time,
+        "uid": vm.vmm.uid,
+        "executable": vm.vmm.executable or None,
+        "vm_fd": vm.vmm.vm_fd,
+    }
 
 
 def _last_write(vm: vm_pb2.Vm) -> str:

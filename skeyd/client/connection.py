@@ -87,6 +87,11 @@ class Client:
         with translated():
             return self._vms.CreateVm(request, timeout=UNARY_SECONDS).vm
 
+    def adopt_vm(self, request: vm_service_pb2.AdoptVmRequest) -> vm_pb2.Vm:
+        """Adopt a VM of another process."""
+        with translated():
+            return self._vms.AdoptVm(request, timeout=UNARY_SECONDS).vm
+
     def get_vm(self, name: str) -> vm_pb2.Vm:
         """Look at a VM, "vms/{vm}"."""
         with translated():

@@ -17,14 +17,14 @@ from skeyd.gfn import GfnRange, MemorySlot, Ranges
 from skeyd.v1 import host_service_pb2, vm_pb2, vm_service_pb2
 from skeyd.vms.vm import Vm, VmState
 from skeyd.worker.outcomes import LastWrite
-from skeyd.worker.protocol import VM_ID, Fields, SlotSpec, Spec
+from skeyd.worker.protocol import FD_MAX, HOLD_MAX_MS, PID_MAX, VM_ID, Adoption, Fields, SlotSpec, Spec
 from skeyd.worker.slots import check_slots
 
 _KINDS = {
     vm_pb2.VM_KIND_OWNED: "owned",
     vm_pb2.VM_KIND_SIMULATED: "simulated",
 }
-_KINDS_BACK = {word: number for number, word in _KINDS.items()}
+_KINDS_BACK = {**{word: number for number, word in _KINDS.items()}, "adopted": vm_pb2.VM_KIND_ADOPTED}
 _BACKINGS = {
     vm_pb2.MEMORY_BACKING_UNSPECIFIED: "anonymous",
     vm_pb2.MEMORY_BACKING_ANONYMOUS: "anonymous",
@@ -37,6 +37,7 @@ _BACKINGS_BACK = {
     "memfd": vm_pb2.MEMORY_BACKING_MEMFD,
     "file": vm_pb2.MEMORY_BACKING_FILE,
     "none": vm_pb2.MEMORY_BACKING_NONE,
+    "vmm": vm_pb2.MEMORY_BACKING_VMM,
 }
 _SIMULATED_KERNELS = {
     vm_pb2.SIMULATED_KERNEL_UNSPECIFIED: "7.2",
@@ -63,6 +64,9 @@ _ANSWERS = {
     False: host_service_pb2.ANSWER_NO,
 }
 
+DEFAULT_HOLD_MS = 1000
+"""How long a call may hold a thread of the VMM where the request doesn't say."""
+
 _NAME_MAX = 255
 """Bytes in a file's name, on every file system of Linux."""
 
@@ -77,12 +81,7 @@ def vm_id_of(name: str) -> str:
 
 def spec_of(request: vm_service_pb2.CreateVmRequest, memory_dir: Path | None) -> Spec:
     """Make the spec of a VM to create, with a new uid. VM_ID_INVALID, REQUEST_INVALID, MEMORY_INVALID."""
-    if not VM_ID.fullmatch(request.vm_id):
-        raise SkeydError(
-            Reason.VM_ID_INVALID,
-            "a VM's id is a lower-case letter and up to 62 lower-case letters, digits and hyphens, no hyphen last, "
-            f"not {request.vm_id[:80]!r}",
-        )
+    _check_id(request.vm_id)
     if request.kind not in _KINDS:
         raise SkeydError(Reason.REQUEST_INVALID, f"kind must be owned or simulated, not {request.kind}")
     if request.simulated_kernel not in _SIMULATED_KERNELS:
@@ -100,6 +99,43 @@ def spec_of(request: vm_service_pb2.CreateVmRequest, memory_dir: Path | None) ->
         created=int(time.time()),
         simulated_kernel=_SIMULATED_KERNELS[request.simulated_kernel],
     )
+
+
+def adoption_spec_of(request: vm_service_pb2.AdoptVmRequest) -> Spec:
+    """Make the spec of a VM to adopt, with a new uid. VM_ID_INVALID, REQUEST_INVALID, MEMORY_INVALID."""
+    _check_id(request.vm_id)
+    if not 0 < request.pid <= PID_MAX:
+        raise SkeydError(Reason.REQUEST_INVALID, f"pid is that of a process, not {request.pid}")
+    if request.HasField("vm_fd") and request.vm_fd > FD_MAX:
+        raise SkeydError(Reason.REQUEST_INVALID, f"vm_fd is a descriptor, not {request.vm_fd}")
+    for number, slot in enumerate(request.memory_slots):
+        if slot.backing or slot.file:
+            raise SkeydError(Reason.REQUEST_INVALID, f"memory slot {number}: the memory is the VMM's; no backing")
+    slots = tuple(SlotSpec(slot.guest_phys_addr, slot.memory_size, "vmm") for slot in request.memory_slots)
+    check_slots(slots)
+    hold_ms = DEFAULT_HOLD_MS
+    if request.HasField("max_hold_time"):
+        wanted = request.max_hold_time
+        hold_ms = wanted.seconds * 1000 + wanted.nanos // 1_000_000
+        if not 0 <= wanted.nanos < 1_000_000_000 or not 1 <= hold_ms <= HOLD_MAX_MS:
+            raise SkeydError(Reason.REQUEST_INVALID, f"max_hold_time is 1 to {HOLD_MAX_MS} ms")
+    return Spec(
+        vm_id=request.vm_id,
+        uid=str(uuid.uuid4()),
+        kind="adopted",
+        slots=slots,
+        created=int(time.time()),
+        adoption=Adoption(request.pid, request.start_time, request.vm_fd if request.HasField("vm_fd") else -1, hold_ms),
+    )
+
+
+def _check_id(vm_id: str) -> None:
+    if not VM_ID.fullmatch(vm_id):
+        raise SkeydError(
+            Reason.VM_ID_INVALID,
+            "a VM's id is a lower-case letter and up to 62 lower-case letters, digits and hyphens, no hyphen last, "
+            f"not {vm_id[:80]!r}",
+        )
 
 
 def _slot_spec(number: int, slot: vm_service_pb2.MemorySlotSpec, memory_dir: Path | None, simulated: bool) -> SlotSpec:
@@ -214,6 +250,9 @@ def vm_message(vm: Vm) -> vm_pb2.Vm:
     )
     if vm.created:
         message.create_time.seconds = vm.created
+    if vm.vmm is not None:
+        message.vmm.pid, message.vmm.start_time = vm.vmm.pid, vm.vmm.start_time
+        message.vmm.uid, message.vmm.executable, message.vmm.vm_fd = vm.vmm.uid, vm.vmm.executable, vm.vmm.fd
     if vm.last_write is not None:
         message.last_write.CopyFrom(_last_write_message(vm.last_write))
     return message

@@ -7,7 +7,7 @@ from pathlib import Path
 import grpc
 
 from skeyd import limits
-from skeyd.errors import Reason
+from skeyd.errors import Reason, SkeydError
 from skeyd.rpc import convert
 from skeyd.rpc.calls import note
 from skeyd.rpc.ending import all_hanging_up, hanging_up, require_active
@@ -17,9 +17,12 @@ from skeyd.vms.registry import Registry
 
 
 class VmService(vm_service_pb2_grpc.VmServiceServicer):
-    """Create, look at, delete. Errors are raised as SkeydErrors; CallInterceptor turns them into statuses."""
+    """Create, adopt, look at, delete. Errors are raised as SkeydErrors; CallInterceptor turns them into statuses."""
 
-    def __init__(self, registry: Registry, memory_dir: Path | None, short_calls: CallSlots) -> None:
+    def __init__(
+        self, registry: Registry, memory_dir: Path | None, short_calls: CallSlots, *, allow_adoption: bool
+    ) -> None:
+        self._allow_adoption = allow_adoption
         self._registry = registry
         self._short_calls = short_calls
         self._lists = CallSlots(limits.MAX_LISTS, "ListVms", Reason.TOO_MANY_CALLS)
@@ -34,6 +37,20 @@ class VmService(vm_service_pb2_grpc.VmServiceServicer):
         with self._short_calls.taken(f"vms/{spec.vm_id}"):
             vm = self._registry.create(spec)
         return vm_service_pb2.CreateVmResponse(vm=convert.vm_message(vm))
+
+    def AdoptVm(
+        self, request: vm_service_pb2.AdoptVmRequest, context: grpc.ServicerContext
+    ) -> vm_service_pb2.AdoptVmResponse:
+        """As the contract says."""
+        if not self._allow_adoption:
+            raise SkeydError(
+                Reason.ADOPTION_FORBIDDEN, "adopting VMs is off; the daemon was started without --allow-adoption"
+            )
+        spec = convert.adoption_spec_of(request)
+        note(vm=f"vms/{spec.vm_id}", pid=request.pid)
+        with self._short_calls.taken(f"vms/{spec.vm_id}"):
+            vm = self._registry.create(spec)
+        return vm_service_pb2.AdoptVmResponse(vm=convert.vm_message(vm))
 
     def GetVm(
         self, request: vm_service_pb2.GetVmRequest, context: grpc.ServicerContext

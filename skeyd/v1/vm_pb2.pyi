@@ -38,6 +38,8 @@ class _MemoryBackingEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._
     """
     MEMORY_BACKING_NONE: _MemoryBacking.ValueType  # 4
     """No memory, only keys: all that a simulated VM has, and nothing for an owned one."""
+    MEMORY_BACKING_VMM: _MemoryBacking.ValueType  # 5
+    """Memory of an adopted VM's VMM, whatever it is made of."""
 
 class MemoryBacking(_MemoryBacking, metaclass=_MemoryBackingEnumTypeWrapper):
     """What the memory of an owned VM is made of. A simulated VM has no memory, only keys."""
@@ -54,6 +56,8 @@ Two slots over one file share its memory.
 """
 MEMORY_BACKING_NONE: MemoryBacking.ValueType  # 4
 """No memory, only keys: all that a simulated VM has, and nothing for an owned one."""
+MEMORY_BACKING_VMM: MemoryBacking.ValueType  # 5
+"""Memory of an adopted VM's VMM, whatever it is made of."""
 global___MemoryBacking = MemoryBacking
 
 class _VmKind:
@@ -68,6 +72,8 @@ class _VmKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTyp
     """Created by skeyd with KVM_CREATE_VM; the VM fd lives in its worker process."""
     VM_KIND_SIMULATED: _VmKind.ValueType  # 2
     """No kernel: the rules of one kernel generation, followed in memory. For development and tests."""
+    VM_KIND_ADOPTED: _VmKind.ValueType  # 3
+    """Created by another process, its VMM (QEMU), which keeps it: a thread of the VMM makes skeyd's calls."""
 
 class VmKind(_VmKind, metaclass=_VmKindEnumTypeWrapper):
     """Where the VM behind a name comes from."""
@@ -78,6 +84,8 @@ VM_KIND_OWNED: VmKind.ValueType  # 1
 """Created by skeyd with KVM_CREATE_VM; the VM fd lives in its worker process."""
 VM_KIND_SIMULATED: VmKind.ValueType  # 2
 """No kernel: the rules of one kernel generation, followed in memory. For development and tests."""
+VM_KIND_ADOPTED: VmKind.ValueType  # 3
+"""Created by another process, its VMM (QEMU), which keeps it: a thread of the VMM makes skeyd's calls."""
 global___VmKind = VmKind
 
 class _SimulatedKernel:
@@ -247,6 +255,7 @@ class Vm(google.protobuf.message.Message):
     WORKER_PID_FIELD_NUMBER: builtins.int
     CREATE_TIME_FIELD_NUMBER: builtins.int
     LAST_WRITE_FIELD_NUMBER: builtins.int
+    VMM_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Resource name: "vms/{vm}"."""
     uid: builtins.str
@@ -281,6 +290,10 @@ class Vm(google.protobuf.message.Message):
         not answer or is too old to say.
         """
 
+    @property
+    def vmm(self) -> global___Vmm:
+        """For an adopted VM: whose it is. Not set where the worker did not answer."""
+
     def __init__(
         self,
         *,
@@ -297,12 +310,47 @@ class Vm(google.protobuf.message.Message):
         worker_pid: builtins.int = ...,
         create_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         last_write: global___LastWrite | None = ...,
+        vmm: global___Vmm | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_uses_storage_keys", b"_uses_storage_keys", "create_time", b"create_time", "last_write", b"last_write", "uses_storage_keys", b"uses_storage_keys"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_uses_storage_keys", b"_uses_storage_keys", "create_time", b"create_time", "incarnation", b"incarnation", "kernel", b"kernel", "kind", b"kind", "last_write", b"last_write", "memory_slots", b"memory_slots", "name", b"name", "state", b"state", "state_reason", b"state_reason", "uid", b"uid", "uses_storage_keys", b"uses_storage_keys", "worker_pid", b"worker_pid", "worker_version", b"worker_version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_uses_storage_keys", b"_uses_storage_keys", "create_time", b"create_time", "last_write", b"last_write", "uses_storage_keys", b"uses_storage_keys", "vmm", b"vmm"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_uses_storage_keys", b"_uses_storage_keys", "create_time", b"create_time", "incarnation", b"incarnation", "kernel", b"kernel", "kind", b"kind", "last_write", b"last_write", "memory_slots", b"memory_slots", "name", b"name", "state", b"state", "state_reason", b"state_reason", "uid", b"uid", "uses_storage_keys", b"uses_storage_keys", "vmm", b"vmm", "worker_pid", b"worker_pid", "worker_version", b"worker_version"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_uses_storage_keys", b"_uses_storage_keys"]) -> typing.Literal["uses_storage_keys"] | None: ...
 
 global___Vm = Vm
+
+@typing.final
+class Vmm(google.protobuf.message.Message):
+    """The process that owns an adopted VM."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PID_FIELD_NUMBER: builtins.int
+    START_TIME_FIELD_NUMBER: builtins.int
+    UID_FIELD_NUMBER: builtins.int
+    EXECUTABLE_FIELD_NUMBER: builtins.int
+    VM_FD_FIELD_NUMBER: builtins.int
+    pid: builtins.int
+    """Process id."""
+    start_time: builtins.int
+    """When it was started, in clock ticks since boot (field 22 of /proc/PID/stat): another with its number has another."""
+    uid: builtins.int
+    """The user it runs as."""
+    executable: builtins.str
+    """The file that it runs (/proc/PID/exe)."""
+    vm_fd: builtins.int
+    """Its descriptor of the VM."""
+    def __init__(
+        self,
+        *,
+        pid: builtins.int = ...,
+        start_time: builtins.int = ...,
+        uid: builtins.int = ...,
+        executable: builtins.str = ...,
+        vm_fd: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["executable", b"executable", "pid", b"pid", "start_time", b"start_time", "uid", b"uid", "vm_fd", b"vm_fd"]) -> None: ...
+
+global___Vmm = Vmm
 
 @typing.final
 class LastWrite(google.protobuf.message.Message):

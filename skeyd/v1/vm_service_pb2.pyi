@@ -6,6 +6,7 @@ Virtual machines: create, look at, delete."""
 import builtins
 import collections.abc
 import google.protobuf.descriptor
+import google.protobuf.duration_pb2
 import google.protobuf.internal.containers
 import google.protobuf.message
 import skeyd.v1.vm_pb2
@@ -95,6 +96,73 @@ class CreateVmResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["vm", b"vm"]) -> None: ...
 
 global___CreateVmResponse = CreateVmResponse
+
+@typing.final
+class AdoptVmRequest(google.protobuf.message.Message):
+    """A VM to adopt."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VM_ID_FIELD_NUMBER: builtins.int
+    PID_FIELD_NUMBER: builtins.int
+    START_TIME_FIELD_NUMBER: builtins.int
+    VM_FD_FIELD_NUMBER: builtins.int
+    MEMORY_SLOTS_FIELD_NUMBER: builtins.int
+    MAX_HOLD_TIME_FIELD_NUMBER: builtins.int
+    vm_id: builtins.str
+    """As in CreateVmRequest."""
+    pid: builtins.int
+    """The process that owns the VM."""
+    start_time: builtins.int
+    """When that process was started, in clock ticks since boot (field 22 of /proc/PID/stat), for who wants to be sure that
+    it is the one that was meant. 0: whichever has the pid.
+    """
+    vm_fd: builtins.int
+    """Its descriptor of the VM. Not set: it has one VM only."""
+    @property
+    def memory_slots(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___MemorySlotSpec]:
+        """At least one slot and at most 32, as the VMM has given them to the kernel; without backing or file."""
+
+    @property
+    def max_hold_time(self) -> google.protobuf.duration_pb2.Duration:
+        """How long one call may hold the VMM's thread. Not set: 1 s. At least 1 ms, at most 10 s."""
+
+    def __init__(
+        self,
+        *,
+        vm_id: builtins.str = ...,
+        pid: builtins.int = ...,
+        start_time: builtins.int = ...,
+        vm_fd: builtins.int | None = ...,
+        memory_slots: collections.abc.Iterable[global___MemorySlotSpec] | None = ...,
+        max_hold_time: google.protobuf.duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_vm_fd", b"_vm_fd", "max_hold_time", b"max_hold_time", "vm_fd", b"vm_fd"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_vm_fd", b"_vm_fd", "max_hold_time", b"max_hold_time", "memory_slots", b"memory_slots", "pid", b"pid", "start_time", b"start_time", "vm_fd", b"vm_fd", "vm_id", b"vm_id"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_vm_fd", b"_vm_fd"]) -> typing.Literal["vm_fd"] | None: ...
+
+global___AdoptVmRequest = AdoptVmRequest
+
+@typing.final
+class AdoptVmResponse(google.protobuf.message.Message):
+    """The VM as it was adopted."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VM_FIELD_NUMBER: builtins.int
+    @property
+    def vm(self) -> skeyd.v1.vm_pb2.Vm:
+        """State READY."""
+
+    def __init__(
+        self,
+        *,
+        vm: skeyd.v1.vm_pb2.Vm | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["vm", b"vm"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["vm", b"vm"]) -> None: ...
+
+global___AdoptVmResponse = AdoptVmResponse
 
 @typing.final
 class GetVmRequest(google.protobuf.message.Message):

@@ -22,6 +22,11 @@ class VmServiceStub(object):
                 request_serializer=skeyd_dot_v1_dot_vm__service__pb2.CreateVmRequest.SerializeToString,
                 response_deserializer=skeyd_dot_v1_dot_vm__service__pb2.CreateVmResponse.FromString,
                 )
+        self.AdoptVm = channel.unary_unary(
+                '/skeyd.v1.VmService/AdoptVm',
+                request_serializer=skeyd_dot_v1_dot_vm__service__pb2.AdoptVmRequest.SerializeToString,
+                response_deserializer=skeyd_dot_v1_dot_vm__service__pb2.AdoptVmResponse.FromString,
+                )
         self.GetVm = channel.unary_unary(
                 '/skeyd.v1.VmService/GetVm',
                 request_serializer=skeyd_dot_v1_dot_vm__service__pb2.GetVmRequest.SerializeToString,
@@ -60,6 +65,19 @@ class VmServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AdoptVm(self, request, context):
+        """Starts a worker that serves a VM of another process, an unmodified QEMU's most often. The kernel takes the calls from
+        the VM's own process only, so a thread of that process is stopped, makes them, and goes on (docs/injection.md).
+
+        Off unless the daemon was started with --allow-adoption: PERMISSION_DENIED ADOPTION_FORBIDDEN. The errors of CreateVm
+        but those of its memory, and:
+        NOT_FOUND VMM_NOT_FOUND: there is no such process, or it has no VM, or not that one, or several and none was named.
+        FAILED_PRECONDITION VMM_NOT_TRACEABLE, VMM_SANDBOXED, VMM_UNSUITABLE. UNAVAILABLE VMM_TRACED, VMM_STUCK.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetVm(self, request, context):
         """Asks one VM's worker how it is. NOT_FOUND VM_NOT_FOUND, INVALID_ARGUMENT VM_ID_INVALID.
         """
@@ -75,7 +93,8 @@ class VmServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DeleteVm(self, request, context):
-        """Ends the VM and its worker, and frees the name. A dead VM is only cleared away.
+        """Ends the VM and its worker, and frees the name. A dead VM is only cleared away. An adopted VM is let go: its VMM has
+        it as before, with the keys that it has; UNAVAILABLE VMM_TRACED or VMM_STUCK where that can't be done now.
 
         NOT_FOUND VM_NOT_FOUND. INVALID_ARGUMENT VM_ID_INVALID.
         FAILED_PRECONDITION VM_QUARANTINED: skeyd can't explain what is there and so doesn't end it.
@@ -92,6 +111,11 @@ def add_VmServiceServicer_to_server(servicer, server):
                     servicer.CreateVm,
                     request_deserializer=skeyd_dot_v1_dot_vm__service__pb2.CreateVmRequest.FromString,
                     response_serializer=skeyd_dot_v1_dot_vm__service__pb2.CreateVmResponse.SerializeToString,
+            ),
+            'AdoptVm': grpc.unary_unary_rpc_method_handler(
+                    servicer.AdoptVm,
+                    request_deserializer=skeyd_dot_v1_dot_vm__service__pb2.AdoptVmRequest.FromString,
+                    response_serializer=skeyd_dot_v1_dot_vm__service__pb2.AdoptVmResponse.SerializeToString,
             ),
             'GetVm': grpc.unary_unary_rpc_method_handler(
                     servicer.GetVm,
@@ -135,6 +159,23 @@ class VmService(object):
         return grpc.experimental.unary_unary(request, target, '/skeyd.v1.VmService/CreateVm',
             skeyd_dot_v1_dot_vm__service__pb2.CreateVmRequest.SerializeToString,
             skeyd_dot_v1_dot_vm__service__pb2.CreateVmResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def AdoptVm(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/skeyd.v1.VmService/AdoptVm',
+            skeyd_dot_v1_dot_vm__service__pb2.AdoptVmRequest.SerializeToString,
+            skeyd_dot_v1_dot_vm__service__pb2.AdoptVmResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

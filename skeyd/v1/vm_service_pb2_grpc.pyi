@@ -39,6 +39,19 @@ class VmServiceStub:
     FAILED_PRECONDITION KVM_UNAVAILABLE: no usable /dev/kvm. FAILED_PRECONDITION MEMORY_FILE_UNUSABLE.
     """
 
+    AdoptVm: grpc.UnaryUnaryMultiCallable[
+        skeyd.v1.vm_service_pb2.AdoptVmRequest,
+        skeyd.v1.vm_service_pb2.AdoptVmResponse,
+    ]
+    """Starts a worker that serves a VM of another process, an unmodified QEMU's most often. The kernel takes the calls from
+    the VM's own process only, so a thread of that process is stopped, makes them, and goes on (docs/injection.md).
+
+    Off unless the daemon was started with --allow-adoption: PERMISSION_DENIED ADOPTION_FORBIDDEN. The errors of CreateVm
+    but those of its memory, and:
+    NOT_FOUND VMM_NOT_FOUND: there is no such process, or it has no VM, or not that one, or several and none was named.
+    FAILED_PRECONDITION VMM_NOT_TRACEABLE, VMM_SANDBOXED, VMM_UNSUITABLE. UNAVAILABLE VMM_TRACED, VMM_STUCK.
+    """
+
     GetVm: grpc.UnaryUnaryMultiCallable[
         skeyd.v1.vm_service_pb2.GetVmRequest,
         skeyd.v1.vm_service_pb2.GetVmResponse,
@@ -55,7 +68,8 @@ class VmServiceStub:
         skeyd.v1.vm_service_pb2.DeleteVmRequest,
         skeyd.v1.vm_service_pb2.DeleteVmResponse,
     ]
-    """Ends the VM and its worker, and frees the name. A dead VM is only cleared away.
+    """Ends the VM and its worker, and frees the name. A dead VM is only cleared away. An adopted VM is let go: its VMM has
+    it as before, with the keys that it has; UNAVAILABLE VMM_TRACED or VMM_STUCK where that can't be done now.
 
     NOT_FOUND VM_NOT_FOUND. INVALID_ARGUMENT VM_ID_INVALID.
     FAILED_PRECONDITION VM_QUARANTINED: skeyd can't explain what is there and so doesn't end it.
@@ -83,6 +97,19 @@ class VmServiceAsyncStub:
     FAILED_PRECONDITION KVM_UNAVAILABLE: no usable /dev/kvm. FAILED_PRECONDITION MEMORY_FILE_UNUSABLE.
     """
 
+    AdoptVm: grpc.aio.UnaryUnaryMultiCallable[
+        skeyd.v1.vm_service_pb2.AdoptVmRequest,
+        skeyd.v1.vm_service_pb2.AdoptVmResponse,
+    ]
+    """Starts a worker that serves a VM of another process, an unmodified QEMU's most often. The kernel takes the calls from
+    the VM's own process only, so a thread of that process is stopped, makes them, and goes on (docs/injection.md).
+
+    Off unless the daemon was started with --allow-adoption: PERMISSION_DENIED ADOPTION_FORBIDDEN. The errors of CreateVm
+    but those of its memory, and:
+    NOT_FOUND VMM_NOT_FOUND: there is no such process, or it has no VM, or not that one, or several and none was named.
+    FAILED_PRECONDITION VMM_NOT_TRACEABLE, VMM_SANDBOXED, VMM_UNSUITABLE. UNAVAILABLE VMM_TRACED, VMM_STUCK.
+    """
+
     GetVm: grpc.aio.UnaryUnaryMultiCallable[
         skeyd.v1.vm_service_pb2.GetVmRequest,
         skeyd.v1.vm_service_pb2.GetVmResponse,
@@ -99,7 +126,8 @@ class VmServiceAsyncStub:
         skeyd.v1.vm_service_pb2.DeleteVmRequest,
         skeyd.v1.vm_service_pb2.DeleteVmResponse,
     ]
-    """Ends the VM and its worker, and frees the name. A dead VM is only cleared away.
+    """Ends the VM and its worker, and frees the name. A dead VM is only cleared away. An adopted VM is let go: its VMM has
+    it as before, with the keys that it has; UNAVAILABLE VMM_TRACED or VMM_STUCK where that can't be done now.
 
     NOT_FOUND VM_NOT_FOUND. INVALID_ARGUMENT VM_ID_INVALID.
     FAILED_PRECONDITION VM_QUARANTINED: skeyd can't explain what is there and so doesn't end it.
@@ -130,6 +158,21 @@ class VmServiceServicer(metaclass=abc.ABCMeta):
         """
 
     @abc.abstractmethod
+    def AdoptVm(
+        self,
+        request: skeyd.v1.vm_service_pb2.AdoptVmRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[skeyd.v1.vm_service_pb2.AdoptVmResponse, collections.abc.Awaitable[skeyd.v1.vm_service_pb2.AdoptVmResponse]]:
+        """Starts a worker that serves a VM of another process, an unmodified QEMU's most often. The kernel takes the calls from
+        the VM's own process only, so a thread of that process is stopped, makes them, and goes on (docs/injection.md).
+
+        Off unless the daemon was started with --allow-adoption: PERMISSION_DENIED ADOPTION_FORBIDDEN. The errors of CreateVm
+        but those of its memory, and:
+        NOT_FOUND VMM_NOT_FOUND: there is no such process, or it has no VM, or not that one, or several and none was named.
+        FAILED_PRECONDITION VMM_NOT_TRACEABLE, VMM_SANDBOXED, VMM_UNSUITABLE. UNAVAILABLE VMM_TRACED, VMM_STUCK.
+        """
+
+    @abc.abstractmethod
     def GetVm(
         self,
         request: skeyd.v1.vm_service_pb2.GetVmRequest,
@@ -151,7 +194,8 @@ class VmServiceServicer(metaclass=abc.ABCMeta):
         request: skeyd.v1.vm_service_pb2.DeleteVmRequest,
         context: _ServicerContext,
     ) -> typing.Union[skeyd.v1.vm_service_pb2.DeleteVmResponse, collections.abc.Awaitable[skeyd.v1.vm_service_pb2.DeleteVmResponse]]:
-        """Ends the VM and its worker, and frees the name. A dead VM is only cleared away.
+        """Ends the VM and its worker, and frees the name. A dead VM is only cleared away. An adopted VM is let go: its VMM has
+        it as before, with the keys that it has; UNAVAILABLE VMM_TRACED or VMM_STUCK where that can't be done now.
 
         NOT_FOUND VM_NOT_FOUND. INVALID_ARGUMENT VM_ID_INVALID.
         FAILED_PRECONDITION VM_QUARANTINED: skeyd can't explain what is there and so doesn't end it.

@@ -325,6 +325,7 @@ class Registry:
             worker_version=hello.version,
             worker_pid=hello.pid,
             slots=hello.slots,
+            vmm=hello.vmm,
         )
         try:
             uses_keys, last_write = session.status()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from skeyd.gfn import MemorySlot
 from skeyd.worker.outcomes import LastWrite
+from skeyd.worker.protocol import Vmm
 
 
 class VmState(enum.Enum):
@@ -39,3 +40,5 @@ class Vm:
     """None: not known."""
     last_write: LastWrite | None = None
     """None: there was no SetSkeys that set a key, or it is not known."""
+    vmm: Vmm | None = None
+    """Whose it is, of an adopted one."""

@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Final
 
 from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import MemoryMap
-from skeyd.injection.errors import GoneError, InjectionError
+from skeyd.injection.errors import GoneError, InjectionError, NotAllowedError
 from skeyd.injection.target import Target
 from skeyd.injection.vm import ForeignVm
 from skeyd.kvm import abi
 from skeyd.worker import refusals, vmm_refusals
-from skeyd.worker.protocol import SLICE_KEYS, Spec
+from skeyd.worker.protocol import SLICE_KEYS, Spec, Vmm
 from skeyd.worker.slots import memory_map
+
+EXECUTABLE_MAX: Final = 1024
+"""Characters of a path that is told."""
 
 
 class AdoptedVm:
@@ -31,11 +35,15 @@ class AdoptedVm:
         self.kernel = os.uname().release
         self.memory_map: MemoryMap = memory_map(spec.slots, "vmm")
         with ExitStack() as undo, _told():
-            target = undo.enter_context(Target(spec.adoption.pid))
-            if target.start_time != spec.adoption.start_time:
-                raise GoneError(target.pid, f"process {target.pid} is another than the one that was to be adopted")
-            seconds = spec.adoption.hold_ms / 1000
-            self._vm = undo.enter_context(ForeignVm(target, spec.adoption.fd, SLICE_KEYS, seconds))
+            try:
+                target = undo.enter_context(Target(spec.adoption.pid))
+                if spec.adoption.start_time not in (0, target.start_time):
+                    raise GoneError(target.pid, f"process {target.pid} was started at {target.start_time}")
+            except GoneError as error:
+                raise SkeydError(Reason.VMM_NOT_FOUND, str(error), {"vmm_pid": str(error.pid)}) from error
+            fd = spec.adoption.fd if spec.adoption.fd >= 0 else _only_vm(target)
+            self._vm = undo.enter_context(ForeignVm(target, fd, SLICE_KEYS, spec.adoption.hold_ms / 1000))
+            self.vmm = Vmm(target.pid, target.start_time, target.uid, _printable(target.executable), fd)
             if not self._vm.check_extension(abi.KVM_CAP_S390_SKEYS):
                 raise refusals.no_capability()
             self.has_keyop = bool(self._vm.check_extension(abi.KVM_CAP_S390_KEYOP))
@@ -73,6 +81,21 @@ class AdoptedVm:
         """Let the owner go, with nothing of skeyd's in it. The VM goes on."""
         with _told():
             self._resources.close()
+
+
+def _only_vm(target: Target) -> int:
+    try:
+        fds = target.vm_fds()
+    except PermissionError as error:
+        raise NotAllowedError(target.pid, f"the descriptors of process {target.pid} can't be read") from error
+    if len(fds) != 1:
+        which = f"the VMs {', '.join(map(str, fds))}: name one" if fds else "no VM"
+        raise SkeydError(Reason.VMM_NOT_FOUND, f"process {target.pid} has {which}", {"vmm_pid": str(target.pid)})
+    return fds[0]
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else "?" for character in text[:EXECUTABLE_MAX])
 
 
 @contextmanager

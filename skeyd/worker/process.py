@@ -26,6 +26,7 @@ from skeyd.worker.protocol import (
     Hello,
     ProtocolError,
     Spec,
+    Vmm,
     decode,
     error_message,
 )
@@ -91,7 +92,7 @@ def _prepare(directory_fd: int, resources: ExitStack) -> tuple[Service, list[Has
     for ignored in (signal.SIGINT, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     wake, _ = resources.enter_context(signals_by_socket([signal.SIGTERM]))
-    backend, ends, release = _backend(spec)
+    backend, ends, release, vmm = _backend(spec)
     resources.callback(backend.close)
     hello = Hello(
         vm_id=spec.vm_id,
@@ -104,6 +105,7 @@ def _prepare(directory_fd: int, resources: ExitStack) -> tuple[Service, list[Has
         created=spec.created,
         slots=backend.memory_map.slots,
         keyop=backend.has_keyop,
+        vmm=vmm,
     )
     listener = resources.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
     listener.bind(address_in(directory_fd, SOCKET))
@@ -111,18 +113,19 @@ def _prepare(directory_fd: int, resources: ExitStack) -> tuple[Service, list[Has
     return Service(listener, hello, backend, partial(open_unnamed, directory_fd), release), [wake, *ends]
 
 
-def _backend(spec: Spec) -> tuple[Backend, list[HasFileno], Callable[[], None]]:
-    # And what becomes readable once the VM has ended by itself, and what is to be done before its worker may end.
+def _backend(spec: Spec) -> tuple[Backend, list[HasFileno], Callable[[], None], Vmm | None]:
+    # And what becomes readable once the VM has ended by itself, what is to be done before its worker may end, and whose
+    # it is.
     match spec.kind:
         case "owned":
-            return OwnedVm(spec), [], lambda: None
+            return OwnedVm(spec), [], lambda: None, None
         case "adopted":
             # Here, so that other kinds' workers don't pay for what they never use.
             from skeyd.worker.adopted import AdoptedVm
 
             adopted = AdoptedVm(spec)
-            return adopted, [adopted], adopted.release
-    return SimulatedVm(spec), [], lambda: None
+            return adopted, [adopted], adopted.release, adopted.vmm
+    return SimulatedVm(spec), [], lambda: None, None
 
 
 def _say(message: dict[str, Any]) -> None:

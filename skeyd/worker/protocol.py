@@ -73,6 +73,7 @@ MAX_MEMORY: Final = (((1 << 31) - 1) << 12) & ~((1 << 20) - 1)
 
 PID_MAX: Final = 1 << 31
 FD_MAX: Final = (1 << 31) - 1
+UID_MAX: Final = (1 << 32) - 1
 HOLD_MAX_MS: Final = 10_000
 
 VM_ID: Final = re.compile(r"[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?")
@@ -208,9 +209,9 @@ class Adoption:
 
     pid: int
     start_time: int
-    """Of that process, in clock ticks since boot: another with its number has another."""
+    """Of that process, in clock ticks since boot: another with its number has another. 0: whichever it is."""
     fd: int
-    """The VM's descriptor there."""
+    """The VM's descriptor there; -1: the only one."""
     hold_ms: int
     """How long a call may hold a thread of the process, in milliseconds."""
 
@@ -224,8 +225,42 @@ class Adoption:
         return cls(
             message.integer("pid", 1, PID_MAX),
             message.integer("start_time", 0, GFN_LIMIT),
-            message.integer("fd", 0, FD_MAX),
+            message.integer("fd", -1, FD_MAX),
             message.integer("hold_ms", 1, HOLD_MAX_MS),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Vmm:
+    """The process that owns an adopted VM."""
+
+    pid: int
+    start_time: int
+    """In clock ticks since boot."""
+    uid: int
+    executable: str
+    fd: int
+    """Its descriptor of the VM."""
+
+    def to_message(self) -> dict[str, Any]:
+        """Write it down."""
+        return {
+            "pid": self.pid,
+            "start_time": self.start_time,
+            "uid": self.uid,
+            "executable": self.executable,
+            "fd": self.fd,
+        }
+
+    @classmethod
+    def from_message(cls, message: Fields) -> Self:
+        """Read it. ProtocolError for anything that is none."""
+        return cls(
+            message.integer("pid", 1, PID_MAX),
+            message.integer("start_time", 0, GFN_LIMIT),
+            message.integer("uid", 0, UID_MAX),
+            message.text("executable"),
+            message.integer("fd", 0, FD_MAX),
         )
 
 
@@ -308,6 +343,8 @@ class Hello:
     slots: tuple[MemorySlot, ...]
     keyop: bool = False
     """Whether its kernel has KVM_S390_KEYOP, and it takes "keyop"."""
+    vmm: Vmm | None = None
+    """Of an adopted VM."""
 
     def to_message(self) -> dict[str, Any]:
         """Write it down."""
@@ -322,6 +359,7 @@ class Hello:
             "version": self.version,
             "pid": self.pid,
             "created": self.created,
+            "vmm": self.vmm and self.vmm.to_message(),
             "slots": [
                 {
                     "slot": one.slot,
@@ -351,17 +389,21 @@ class Hello:
             MemoryMap(slots)
         except SkeydError as error:
             raise ProtocolError(f"memory slots that overlap: {error.message}") from None
+        kind = message.choice("kind", KINDS)
+        if kind != "adopted" and message.has("vmm"):
+            raise ProtocolError(f"the vmm of a VM of kind {kind}")
         return cls(
             vm_id=message.text("id", VM_ID),
             uid=message.text("uid", UID),
             incarnation=message.text("incarnation", INCARNATION),
-            kind=message.choice("kind", KINDS),
+            kind=kind,
             kernel=message.text("kernel"),
             version=message.text("version"),
             pid=message.integer("pid", 1, PID_MAX),
             created=message.integer("created", 0, CREATED_MAX),
             slots=slots,
             keyop=message.boolean("keyop"),
+            vmm=Vmm.from_message(message.object("vmm")) if kind == "adopted" else None,
         )
 
 

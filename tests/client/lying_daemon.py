@@ -99,6 +99,9 @@ class LyingDaemon(storage_key_service_pb2_grpc.StorageKeyServiceServicer, vm_ser
     def CreateVm(self, request: Any, context: Any) -> Any:  # noqa: N802
         raise NotImplementedError
 
+    def AdoptVm(self, request: Any, context: Any) -> Any:  # noqa: N802
+        raise NotImplementedError
+
     def ListVms(self, request: Any, context: Any) -> Any:  # noqa: N802
         raise NotImplementedError
 

@@ -49,7 +49,7 @@ class _Services:
         return StorageKeyService(_registry(), CallSlots(4, "streams", Reason.TOO_MANY_STREAMS), self.short_calls)
 
     def vms(self) -> VmService:
-        return VmService(_registry(), None, self.short_calls)
+        return VmService(_registry(), None, self.short_calls, allow_adoption=True)
 
     def hosts(self) -> HostService:
         return HostService(_registry(), self.short_calls)

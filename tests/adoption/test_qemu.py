@@ -1,0 +1,124 @@
+"""An unmodified QEMU's VM, adopted: what skeyd sets QEMU dumps, and QEMU goes on. On s390x with KVM only."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import grpc
+import pytest
+
+from skeyd.client.connection import Client
+from skeyd.v1 import vm_pb2, vm_service_pb2
+from tests.daemon import DaemonProcess
+from tests.injection.qemu import FRAMES, PROGRAM, SANDBOX, Qemu, require_qemu
+from tests.injection.victims import differences, look_at_process, wait_for
+from tests.rpc.stubs import Stubs, chunk, commit, header, refusal
+
+pytestmark = pytest.mark.timeout(900)
+
+MIB: Final = 1 << 20
+NAME: Final = "vms/guest"
+KINDS: Final = {
+    "plain": (),
+    "sandboxed": ("-sandbox", SANDBOX),
+    "memfd": ("-object", "memory-backend-memfd,id=ram,size=64M", "-machine", "memory-backend=ram"),
+}
+
+
+@pytest.fixture(params=KINDS)
+def qemu(request: pytest.FixtureRequest, runtime_dir: Path) -> Iterator[Qemu]:
+    require_qemu()
+    qemu = Qemu(runtime_dir, *KINDS[request.param])
+    yield qemu
+    qemu.close()
+
+
+@pytest.fixture
+def daemon(runtime_dir: Path) -> Iterator[DaemonProcess]:
+    daemon = DaemonProcess(runtime_dir / "skeyd")
+    try:
+        daemon.start("--allow-adoption")
+        yield daemon
+    finally:
+        daemon.end_everything()
+
+
+def some_keys(seed: int, count: int) -> bytes:
+    """Make keys whose ACC and F differ from frame to frame; R and C may be given by the kernel to any."""
+    rng = random.Random(seed)  # noqa: S311  no secret
+    return bytes(rng.randrange(32) << 3 for _ in range(count))
+
+
+def acc_and_f(keys: bytes) -> bytes:
+    return bytes(key & 0xF8 for key in keys)
+
+
+def adopt(client: Client, qemu: Qemu) -> vm_pb2.Vm:
+    slot = vm_service_pb2.MemorySlotSpec(guest_phys_addr=0, memory_size=64 * MIB)
+    return client.adopt_vm(vm_service_pb2.AdoptVmRequest(vm_id="guest", pid=qemu.pid, memory_slots=[slot]))
+
+
+def test_what_skeyd_sets_qemu_dumps_and_qemu_is_as_before(daemon: DaemonProcess, qemu: Qemu) -> None:
+    with Stubs(daemon.target) as stubs, daemon.connect() as client:
+        adopt(client, qemu)
+        client.delete_vm(NAME)
+        qemu.answers()
+        before = look_at_process(qemu.pid)
+
+        vm = adopt(client, qemu)
+        assert (vm.kind, vm.state, vm.uses_storage_keys) == (vm_pb2.VM_KIND_ADOPTED, vm_pb2.VM_STATE_READY, False)
+        assert (vm.vmm.pid, Path(vm.vmm.executable).name) == (qemu.pid, PROGRAM)
+        for seed in range(2):
+            keys = some_keys(seed, FRAMES)
+            stubs.set(NAME, [(0, keys)])
+            assert acc_and_f(qemu.dumped()) == keys
+            assert acc_and_f(stubs.get(NAME).keys) == keys
+        stubs.set(NAME, [(4096, b"\x30" * 512)])
+        assert acc_and_f(qemu.dumped()[4096 : 4096 + 512]) == b"\x30" * 512
+        assert acc_and_f(bytes([client.get_skey(NAME, 4100).key or 0])) == b"\x30"
+        client.delete_vm(NAME)
+
+        qemu.answers()
+        assert differences(before, look_at_process(qemu.pid)) == {}
+        assert acc_and_f(qemu.dumped()[:4096]) == keys[:4096]
+
+
+def test_what_is_not_committed_is_rolled_back_in_qemu_too(daemon: DaemonProcess, qemu: Qemu) -> None:
+    keys = some_keys(7, FRAMES)
+    with Stubs(daemon.target) as stubs, daemon.connect() as client:
+        adopt(client, qemu)
+        stubs.set(NAME, [(0, keys)])
+        _, error = stubs.send(
+            header(NAME, (0, 4096), (8192, 2)), chunk(0, b"\x70" * 4096), chunk(8192, b"\x70\x71"), commit()
+        )
+        assert error is not None
+        assert (error.reason, error.metadata["outcome"]) == ("KEY_RESERVED_BIT", "ROLLED_BACK")
+        assert acc_and_f(qemu.dumped()) == keys
+        client.delete_vm(NAME)
+    qemu.answers()
+
+
+def test_a_frame_that_qemu_has_no_memory_for_is_told_by_the_kernel(daemon: DaemonProcess, qemu: Qemu) -> None:
+    with Stubs(daemon.target) as stubs, daemon.connect() as client:
+        slot = vm_service_pb2.MemorySlotSpec(guest_phys_addr=0, memory_size=65 * MIB)
+        client.adopt_vm(vm_service_pb2.AdoptVmRequest(vm_id="guest", pid=qemu.pid, memory_slots=[slot]))
+        stubs.set(NAME, [(0, b"\x10" * 256)])
+        with pytest.raises(grpc.RpcError) as caught:
+            stubs.get(NAME, (FRAMES - 1, 2))
+        assert refusal(caught.value).reason == "GFN_NOT_MAPPED"
+        client.delete_vm(NAME)
+    qemu.answers()
+
+
+def test_a_vm_whose_qemu_ends_is_dead_and_its_name_can_be_freed(daemon: DaemonProcess, qemu: Qemu) -> None:
+    with daemon.connect() as client:
+        adopt(client, qemu)
+        qemu.process.send_signal(signal.SIGKILL)
+        qemu.process.wait()
+        wait_for(lambda: client.get_vm(NAME).state == vm_pb2.VM_STATE_DEAD)
+        client.delete_vm(NAME)
+        assert not client.list_vms()

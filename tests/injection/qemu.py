@@ -1,0 +1,90 @@
+"""An unmodified QEMU with a paused guest, whose VM others work on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from tests.injection.victims import SECONDS, cannot, wait_for
+from tests.processes import Process, end, look_at
+
+PROGRAM: Final = "qemu-system-s390x"
+FRAMES: Final = 64 << 20 >> 12
+SANDBOX: Final = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+"""What libvirt asks for."""
+
+
+class Qemu:
+    """A paused guest of 64 MiB, and a connection to its monitor."""
+
+    def __init__(self, directory: Path, *arguments: str) -> None:
+        self._directory = directory
+        path = directory / "qmp"
+        self.process = subprocess.Popen(
+            [
+                *(PROGRAM, "-machine", "s390-ccw-virtio", "-accel", "kvm", "-S", "-m", "64M", "-nodefaults"),
+                *("-display", "none", "-qmp", f"unix:{path},server=on,wait=off", *arguments),
+            ]
+        )
+        self._socket = socket.socket(socket.AF_UNIX)
+        try:
+            wait_for(lambda: path.exists() or self.process.poll() is not None)
+            self._socket.settimeout(SECONDS)
+            wait_for(lambda: self._socket.connect_ex(str(path)) == 0)
+            self._file = self._socket.makefile("rb")
+            assert "QMP" in json.loads(self._file.readline())
+            self.execute("qmp_capabilities")
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def execute(self, command: str, **arguments: Any) -> Any:
+        """Run a command of the monitor, and return its answer."""
+        self._socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
+        while True:
+            said = json.loads(self._file.readline())
+            assert "error" not in said, said
+            if "return" in said:
+                return said["return"]
+
+    def answers(self) -> None:
+        """See that it lives as it did."""
+        assert self.execute("query-status")["status"] in ("prelaunch", "paused")
+
+    def dumped(self) -> bytes:
+        """Return the keys as QEMU reads them itself."""
+        path = self._directory / "keys"
+        self.execute("dump-skeys", filename=str(path))
+        lines = re.findall(r"page=([0-9a-f]+): key\((\d+)\)", path.read_text())
+        assert [int(page, 16) for page, _ in lines] == list(range(FRAMES))
+        return bytes(int(key) for _, key in lines)
+
+    def close(self) -> None:
+        self._socket.close()
+        if hasattr(self, "_file"):
+            self._file.close()
+        process: Process | None = look_at(self.pid)
+        if process is not None:
+            end(process)
+        self.process.wait(SECONDS)
+
+
+def require_qemu() -> None:
+    """Skip where there is none, or no KVM for it."""
+    if platform.machine() != "s390x":
+        pytest.skip("storage keys take an s390x machine; tests/emulated/test_injection.py has one")
+    if shutil.which(PROGRAM) is None or not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        cannot(f"this takes {PROGRAM} and KVM")
