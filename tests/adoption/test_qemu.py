@@ -64,13 +64,16 @@ def adopt(client: Client, qemu: Qemu) -> vm_pb2.Vm:
 
 def test_what_skeyd_sets_qemu_dumps_and_qemu_is_as_before(daemon: DaemonProcess, qemu: Qemu) -> None:
     with Stubs(daemon.target) as stubs, daemon.connect() as client:
+        # What it does for the first time, to dump its keys for one, has QEMU map memory of its own.
         adopt(client, qemu)
+        stubs.set(NAME, [(0, some_keys(0, FRAMES))])
+        qemu.dumped()
         client.delete_vm(NAME)
         qemu.answers()
         before = look_at_process(qemu.pid)
 
         vm = adopt(client, qemu)
-        assert (vm.kind, vm.state, vm.uses_storage_keys) == (vm_pb2.VM_KIND_ADOPTED, vm_pb2.VM_STATE_READY, False)
+        assert (vm.kind, vm.state, vm.uses_storage_keys) == (vm_pb2.VM_KIND_ADOPTED, vm_pb2.VM_STATE_READY, True)
         assert (vm.vmm.pid, Path(vm.vmm.executable).name) == (qemu.pid, PROGRAM)
         for seed in range(2):
             keys = some_keys(seed, FRAMES)

@@ -17,6 +17,8 @@ class NotingDaemon(LyingDaemon):
         super().__init__(directory)
         self.created: list[vm_service_pb2.CreateVmRequest] = []
         """What CreateVm was asked."""
+        self.adopted: list[vm_service_pb2.AdoptVmRequest] = []
+        """What AdoptVm was asked."""
         self.vms: list[vm_pb2.Vm] = []
         """What ListVms answers."""
 
@@ -25,6 +27,14 @@ class NotingDaemon(LyingDaemon):
     ) -> vm_service_pb2.CreateVmResponse:
         self.created.append(request)
         return vm_service_pb2.CreateVmResponse(vm=vm_pb2.Vm(name=f"vms/{request.vm_id}", kind=request.kind))
+
+    def AdoptVm(  # noqa: N802
+        self, request: vm_service_pb2.AdoptVmRequest, context: grpc.ServicerContext
+    ) -> vm_service_pb2.AdoptVmResponse:
+        self.adopted.append(request)
+        vmm = vm_pb2.Vmm(pid=request.pid, vm_fd=request.vm_fd)
+        vm = vm_pb2.Vm(name=f"vms/{request.vm_id}", kind=vm_pb2.VM_KIND_ADOPTED, vmm=vmm)
+        return vm_service_pb2.AdoptVmResponse(vm=vm)
 
     def ListVms(  # noqa: N802
         self, request: vm_service_pb2.ListVmsRequest, context: grpc.ServicerContext

@@ -27,6 +27,7 @@ NOTHING_KNOWN: Final[dict[str, Any]] = {
     "kernel": None,
     "worker_version": None,
     "worker_pid": None,
+    "vmm": None,
     "last_write": None,
 }
 
@@ -207,6 +208,43 @@ def test_a_host_without_vms_has_an_empty_list(runtime_dir: Path) -> None:
         assert skeyctl(daemon.target, "vm", "list").out == (
             "ID  KIND  STATE  MEMORY  USES KEYS  KERNEL, OR WHAT IS WRONG\n"
         )
+
+
+def test_a_vm_of_another_process_is_asked_for_as_the_options_say(runtime_dir: Path) -> None:
+    with NotingDaemon(runtime_dir) as daemon:
+        options = ["--pid", "4711", "--memory", "1G", "--memory=2G@4G"]
+        told = skeyctl(daemon.target, "vm", "adopt", "a", *options)
+        assert told.out == "vms/a adopted from pid 4711, unknown, uid 0, VM descriptor 0: , 0 MiB\n"
+        more = ["--fd", "0", "--max-hold-ms=1500", "--json"]
+        assert skeyctl(daemon.target, "vm", "adopt", "b", *options, *more).value["vmm"] == {
+            "pid": 4711,
+            "start_time": 0,
+            "uid": 0,
+            "executable": None,
+            "vm_fd": 0,
+        }
+        first, second = daemon.adopted
+    slots = [(one.guest_phys_addr, one.memory_size, one.backing, one.file) for one in first.memory_slots]
+    assert slots == [(0, GIB, 0, ""), (4 * GIB, 2 * GIB, 0, "")]
+    assert (first.vm_id, first.pid, first.start_time) == ("a", 4711, 0)
+    assert not first.HasField("vm_fd")
+    assert not first.HasField("max_hold_time")
+    assert second.HasField("vm_fd")
+    assert second.max_hold_time.ToMilliseconds() == 1500
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--memory=1G"],
+        ["--pid=1"],
+        ["--pid=0", "--memory=1G"],
+        ["--pid=1", "--memory=1G:memfd"],
+        ["--pid=1", "--memory=x"],
+    ],
+)
+def test_what_is_no_vm_of_another_process_is_a_usage_error(options: list[str]) -> None:
+    assert skeyctl(NOBODY, "vm", "adopt", "a", *options).status == 2
 
 
 @pytest.mark.parametrize("form", ["{id}", "vms/{id}"])

@@ -1,6 +1,6 @@
-"""Calls in other processes on real s390x kernels: tests/injection on the hosts, with an unmodified QEMU as a victim.
+"""Calls in other processes on real s390x kernels: tests/injection and tests/adoption on the hosts.
 
-QEMU is Debian's, with -accel kvm, plain and in the sandbox that libvirt puts it in.
+With an unmodified QEMU as a victim: Debian's, with -accel kvm, plain and in the sandbox that libvirt puts it in.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ COUNTS: Final = {
 }
 """A slice takes some tenths of a second there."""
 
-FOR_X86_64: Final = 4
+FOR_X86_64: Final = 5
 """Tests that skip there, each with its reason."""
 
 pytestmark = [pytest.mark.emulated, pytest.mark.timeout(SECONDS + 300)]
@@ -41,7 +41,7 @@ def test_processes_make_calls_and_go_on_as_if_nothing_had_been(suite: str) -> No
         host.put(INSIDE, victim, 0o755)
         done = host.run(
             [
-                *("python3", "-m", "pytest", "tests/injection", "-v", "--tb=short", "--durations=0"),
+                *("python3", "-m", "pytest", "tests/injection", "tests/adoption", "-v", "--tb=short", "--durations=0"),
                 *("-p", "no:cacheprovider", "-o", f"timeout={SECONDS}"),
                 *(f"-W{warning}" for warning in unit_suite.THEIR_WARNINGS),
             ],

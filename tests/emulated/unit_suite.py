@@ -46,6 +46,7 @@ NOT_THERE: Final = {
         ),
         "a test of tests, which says nothing of the machine",
     ),
+    "tests/adoption/": "tests/emulated/test_injection.py has them, with QEMU's own VMs",
     "tests/injection/": "tests/emulated/test_injection.py has them, with a victim that is compiled for the host",
     "tests/faults/test_random_kills.py": "tests/emulated/test_random_kills.py has them, over VMs of the real kernel",
 }

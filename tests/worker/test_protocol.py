@@ -29,6 +29,7 @@ from skeyd.worker.protocol import (
     ProtocolError,
     SlotSpec,
     Spec,
+    Vmm,
     decode,
     encode,
     error_message,
@@ -49,12 +50,13 @@ HELLO = Hello(
     "web-1",
     UID,
     "0123456789abcdef0123456789abcdef",
-    "simulated",
-    "simulated Linux 7.2",
+    "adopted",
+    "7.2.12",
     "0.1.0",
     4711,
     1_700_000_000,
-    (MemorySlot(0, GfnRange(0, 256), "none"), MemorySlot(1, GfnRange(512, 256), "none")),
+    (MemorySlot(0, GfnRange(0, 256), "vmm"), MemorySlot(1, GfnRange(512, 256), "vmm")),
+    vmm=Vmm(4712, 123_456, 64055, "/usr/bin/qemu-system-s390x", 13),
 )
 
 BEGUN = Begun("resumed", 512, 3, 0x89ABCDEF, True)
@@ -92,7 +94,7 @@ BAD: dict[str, dict[tuple[str | int, ...], list[Any]]] = {
         ("adoption",): NO_OBJECT,
         ("adoption", "pid"): [*NO_INTEGER, -1, 0, (1 << 31) + 1],
         ("adoption", "start_time"): [*NO_INTEGER, -1, (1 << 64) + 1],
-        ("adoption", "fd"): [*NO_INTEGER, -1, 1 << 31],
+        ("adoption", "fd"): [*NO_INTEGER, -2, 1 << 31],
         ("adoption", "hold_ms"): [*NO_INTEGER, -1, 0, 10_001],
         ("slots",): [*NO_LIST, *([one] for one in NO_OBJECT)],
         ("slots", 1, "guest_phys_addr"): [*NO_INTEGER, -1, 1 << 64],
@@ -111,6 +113,12 @@ BAD: dict[str, dict[tuple[str | int, ...], list[Any]]] = {
         ("version",): [*NO_TEXT, LONG],
         ("pid",): [*NO_INTEGER, -1, 0, (1 << 31) + 1],
         ("created",): [*NO_INTEGER, -1, protocol.CREATED_MAX + 1],
+        ("vmm",): NO_OBJECT,
+        ("vmm", "pid"): [*NO_INTEGER, -1, 0, (1 << 31) + 1],
+        ("vmm", "start_time"): [*NO_INTEGER, -1, (1 << 64) + 1],
+        ("vmm", "uid"): [*NO_INTEGER, -1, 1 << 32],
+        ("vmm", "executable"): [*NO_TEXT, LONG],
+        ("vmm", "fd"): [*NO_INTEGER, -1, 1 << 31],
         ("slots",): [*NO_LIST, *([one] for one in NO_OBJECT)],
         ("slots", 1, "slot"): [*NO_INTEGER, -1, MAX_MEMORY_SLOTS],
         ("slots", 1, "start"): [*NO_INTEGER, -1, 1 << 64],
@@ -171,8 +179,8 @@ def test_every_field_of_every_message_is_broken_by_some_test() -> None:
         fields: set[tuple[str | int, ...]] = {(name,) for name in message}
         if kind in LISTS:
             fields |= {(LISTS[kind], 1, name) for name in message[LISTS[kind]][1]}
-        if "adoption" in message:
-            fields |= {("adoption", name) for name in message["adoption"]}
+        for whole in message.keys() & {"adoption", "vmm"}:
+            fields |= {(whole, name) for name in message[whole]}
         assert fields == set(BAD[kind])
 
 
@@ -218,6 +226,8 @@ def test_a_spec_arrives_as_it_was_written(spec: Spec) -> None:
 def test_only_an_adopted_vm_is_another_processs(kind: str) -> None:
     with pytest.raises(ProtocolError, match=f"the adoption of a VM of kind {kind}"):
         Spec.from_message(_over_the_wire(replace(SPEC, kind=kind).to_message()))
+    with pytest.raises(ProtocolError, match=f"the vmm of a VM of kind {kind}"):
+        Hello.from_message(_over_the_wire(replace(HELLO, kind=kind).to_message()))
 
 
 @given(
@@ -238,7 +248,15 @@ def test_only_an_adopted_vm_is_another_processs(kind: str) -> None:
             st.sampled_from(protocol.BACKINGS),
         ).map(lambda one: (one,)),
         keyop=st.booleans(),
-    )
+        vmm=st.builds(
+            Vmm,
+            st.integers(1, protocol.PID_MAX),
+            st.integers(0, 1 << 64),
+            st.integers(0, protocol.UID_MAX),
+            _texts,
+            st.integers(0, protocol.FD_MAX),
+        ),
+    ).map(lambda hello: hello if hello.kind == "adopted" else replace(hello, vmm=None))
 )
 @settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_hello_arrives_as_it_was_written(hello: Hello) -> None:
