@@ -18,7 +18,7 @@ _MAP_PRIVATE_ANONYMOUS: Final = 0x02 | 0x20
 _MAP_FIXED_NOREPLACE: Final = 0x100000
 
 _PAGE: Final = 4096
-_MARK: Final = b"skeyd: a buffer for calls; its owner is gone if you read this."
+MARK: Final = b"skeyd: a buffer for calls; its owner is gone if you read this."
 """At the buffer's beginning, for whoever finds it."""
 _HEAD: Final = _PAGE
 
@@ -58,12 +58,12 @@ class Buffer:
             if _is_there(target.pid, start, left):
                 if left == whole:
                     injection.write_note(start, whole, myself())
-                    memory.write(target.pid, start, _MARK)
+                    memory.write(target.pid, start, MARK)
                     return cls(target, start, size)
                 injection.munmap(start, left)
             injection.write_note(0, 0, 0)
         start = _map(injection, whole)
-        memory.write(target.pid, start, _MARK)
+        memory.write(target.pid, start, MARK)
         return cls(target, start, size)
 
     def read_into(self, offset: int, content: memoryview) -> None:
@@ -141,6 +141,6 @@ def _is_there(pid: int, start: int, size: int) -> bool:
     """
     for one in mappings(pid):
         if (one.start, one.end, one.access, one.inode, one.path) == (start, start + size, "rw-p", 0, ""):
-            head = memory.read(pid, start, len(_MARK))
-            return head == _MARK or not any(memory.read(pid, start, size))
+            head = memory.read(pid, start, len(MARK))
+            return head == MARK or not any(memory.read(pid, start, size))
     return False
