@@ -53,7 +53,8 @@ class Buffer:
         whole = _HEAD + -(-size // _PAGE) * _PAGE
         start, left, owner = injection.note()
         if start:
-            if is_alive(owner):
+            # This process's own is one that it could not close: it has one in a process at a time.
+            if owner != myself() and is_alive(owner):
                 raise InUseError(target.pid, owner)
             if _is_there(target.pid, start, left):
                 if left == whole:
@@ -65,6 +66,13 @@ class Buffer:
         start = _map(injection, whole)
         memory.write(target.pid, start, MARK)
         return cls(target, start, size)
+
+    def is_there(self) -> bool:
+        """Whether the memory is what was mapped: it has the mark at its beginning. GoneError."""
+        try:
+            return memory.read(self.target.pid, self._start, len(MARK)) == MARK
+        except OSError:
+            return False
 
     def read_into(self, offset: int, content: memoryview) -> None:
         """Fill `content` from the buffer. GoneError; OSError where somebody else has unmapped it."""
@@ -135,12 +143,14 @@ def _free_place(pid: int, size: int) -> int:
 
 
 def _is_there(pid: int, start: int, size: int) -> bool:
-    """Whether a buffer that was noted was mapped, and is: exactly these bytes, anonymous, and marked or never used.
+    """Whether a buffer that was noted was mapped, and is: anonymous memory, marked at its beginning, or never used.
 
-    A process that has mapped something of its own at the same place, of the same size, would have used it.
+    The kernel may have joined it with what the process has mapped beside it. Where it has no mark, it has to be a
+    mapping of its own: something else that a process had mapped there, of the same size, would have been used.
     """
     for one in mappings(pid):
-        if (one.start, one.end, one.access, one.inode, one.path) == (start, start + size, "rw-p", 0, ""):
-            head = memory.read(pid, start, len(MARK))
-            return head == MARK or not any(memory.read(pid, start, size))
+        if one.start <= start and start + size <= one.end and (one.access, one.inode, one.path) == ("rw-p", 0, ""):
+            if memory.read(pid, start, len(MARK)) == MARK:
+                return True
+            return (one.start, one.end) == (start, start + size) and not any(memory.read(pid, start, size))
     return False

@@ -44,15 +44,7 @@ class NotAllowedError(InjectionError):
 
 
 class TimedOutError(InjectionError):
-    """It took longer than it may. The thread has been let go as it was, unless `still_held` is set.
-
-    `still_held`: it is in a part of the kernel that nothing interrupts, so it can't be stopped, and not be let go
-    either. When this process ends, or the call does, it goes on by itself.
-    """
-
-    def __init__(self, pid: int, message: str, still_held: bool = False) -> None:
-        self.still_held = still_held
-        super().__init__(pid, message)
+    """It took longer than it may. The thread has been let go as it was, as soon as it could be stopped."""
 
 
 class RefusedError(InjectionError):

@@ -23,8 +23,7 @@ from skeyd.injection.registers import INTERRUPTED, WORD, Call, Saved
 from skeyd.injection.target import Target
 from skeyd.injection.tracee import Stop, Tracee
 
-GRACE: Final = 2.0
-"""Seconds for what only needs the thread to stop, or to be let go, whatever the limit on the whole."""
+FOREVER: Final = float("inf")
 
 _FAULTS: Final = frozenset((signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP, signal.SIGSYS))
 _MOST_ERRNO: Final = 4095
@@ -270,17 +269,15 @@ class Injection:
         raise FaultedError(tracee.tid, f"thread {tracee.tid} got {name} while it made the call {call.name}")
 
     def _give_up(self, tracee: Tracee, call: Call) -> int:
-        """Interrupt a call that takes too long. Returns its result where it has one after all."""
+        """Interrupt a call that takes too long. Returns its result where it has one after all.
+
+        One that can't be interrupted is waited for: nobody else could let the thread go, and once it has been asked to
+        stop it stops, and stays so while its tracer lives.
+        """
         tid = tracee.tid
         tracee.interrupt()
-        end = time.monotonic() + GRACE
         while True:
-            try:
-                stopped = tracee.wait(end)
-            except TimedOutError as error:
-                raise TimedOutError(
-                    tid, f"{call.name} in thread {tid} can't be interrupted", still_held=True
-                ) from error
+            stopped = tracee.wait(FOREVER)
             if stopped.why is Stop.SYSCALL:
                 result = self._exit_of(tracee, call)
                 if result is not None and result not in INTERRUPTED:
@@ -318,11 +315,10 @@ class Injection:
         tracee.detach(number)
 
     def _end(self) -> None:
-        """Let the thread go. Once it is on its own, nothing happens."""
+        """Let the thread go, and wait for as long as that takes. Once it is on its own, nothing happens."""
         tracee = self._tracee
         if tracee is None or not tracee.traced:
             return
-        end = time.monotonic() + GRACE
         while tracee.traced:
             stopped = tracee.stopped
             if stopped is not None and stopped.why is not Stop.SYSCALL:
@@ -331,9 +327,4 @@ class Injection:
             tracee.interrupt()
             if stopped is not None:
                 tracee.go_on()
-            try:
-                tracee.wait(end)
-            except TimedOutError as error:
-                raise TimedOutError(
-                    tracee.tid, f"thread {tracee.tid} can't be stopped, and so not be let go", still_held=True
-                ) from error
+            tracee.wait(FOREVER)

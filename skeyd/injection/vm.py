@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, NoReturn, Self
 
 from skeyd.injection.buffer import Buffer
-from skeyd.injection.errors import BufferLostError, GoneError, InjectionError, NoVmError, RefusedError
+from skeyd.injection.errors import (
+    BufferLostError,
+    GoneError,
+    InjectionError,
+    NotAllowedError,
+    NoVmError,
+    RefusedError,
+    TimedOutError,
+)
 from skeyd.injection.injection import Injection
 from skeyd.injection.target import Target
 from skeyd.kvm import abi
@@ -48,6 +57,8 @@ class ForeignVm:
 
     def check_extension(self, capability: int) -> int:
         """Ask KVM_CHECK_EXTENSION of the VM: 0 for no."""
+        with self._memory():
+            pass  # as all calls: not of one that is closed
         return self._ioctl(abi.KVM_CHECK_EXTENSION, capability)
 
     def get_skeys(self, start_gfn: int, buffer: memoryview) -> bool:
@@ -80,8 +91,10 @@ class ForeignVm:
         try:
             with Injection(self._target, seconds=self._seconds) as injection:
                 self._buffer.close(injection)
-        except GoneError:
-            pass
+        except (GoneError, OSError):
+            # The process has ended, or a thread of it, or the memory is no longer there.
+            if self._is_running() and self._buffer.is_there():
+                raise
         self._buffer = None
 
     def _require_room(self, count: int) -> None:
@@ -96,35 +109,68 @@ class ForeignVm:
         return take_skeys(request, self._ioctl(request, memory.address))
 
     def _ioctl(self, request: int, argument: int) -> int:
+        end = time.monotonic() + self._seconds
         while True:
             try:
                 with self._slice() as injection:
                     return injection.ioctl(self._fd, request, argument)
             except RefusedError as error:
                 if error.errno == errno.EINTR:
-                    continue  # as in skeyd.kvm.ioctl
+                    # As in skeyd.kvm.ioctl, but not for ever: where it took too long it is we who interrupted it.
+                    if time.monotonic() < end:
+                        continue
+                    pid = self._target.pid
+                    raise TimedOutError(
+                        pid, f"{abi.NAMES[request]} in process {pid} was interrupted each time"
+                    ) from error
                 if error.by_seccomp or error.errno in _SANDBOX:
                     raise
+                if error.errno in (errno.EBADF, errno.ENOTTY):
+                    self._require_vm()
                 raise KvmError(abi.NAMES[request], error.errno) from error
 
     @contextmanager
     def _slice(self) -> Iterator[Injection]:
-        if not self._target.is_vm(self._fd):
-            self._target.check()
-            raise NoVmError(self._target.pid, self._fd)
+        self._require_vm()
         with Injection(self._target, seconds=self._seconds) as injection:
+            # Once more, after what may have been a wait: other threads can still close it, but this one can't.
+            self._require_vm()
             yield injection
+
+    def _require_vm(self) -> None:
+        pid = self._target.pid
+        try:
+            if self._target.is_vm(self._fd):
+                return
+        except PermissionError as error:
+            raise NotAllowedError(pid, f"the descriptors of process {pid} can't be read") from error
+        self._target.check()
+        raise NoVmError(pid, self._fd)
+
+    def _is_running(self) -> bool:
+        try:
+            self._target.check()
+        except GoneError:
+            return False
+        return True
 
     @contextmanager
     def _memory(self) -> Iterator[Buffer]:
         if self._buffer is None:
             raise InjectionError(self._target.pid, "this ForeignVm is closed")
+        # Each time, before anything is written: the memory can be another's by now, or even another process's.
+        self._target.check()
+        if not self._buffer.is_there():
+            self._lost()
         try:
             yield self._buffer
         except OSError as error:
-            self._target.check()
-            pid = self._target.pid
-            raise BufferLostError(pid, f"the buffer in process {pid} is gone: {error}") from error
+            self._lost(error)
+
+    def _lost(self, error: OSError | None = None) -> NoReturn:
+        self._target.check()
+        pid = self._target.pid
+        raise BufferLostError(pid, f"process {pid} has unmapped the buffer for its calls") from error
 
     def __enter__(self) -> Self:
         return self

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Final
 
 _FOREVER: Final = float("inf")
+_LATE: Final = 0.1
+"""Seconds that a look may be late."""
 
 
 @dataclass
@@ -66,12 +68,14 @@ class Patience:
             with self._changed:
                 now = time.monotonic()
                 due = [(key, wait) for key, wait in self._waits.items() if wait.look <= now]
+                # Whoever looks late had no CPU, and so had those who are waited for: they get their time anew.
+                late_looks = {key for key, wait in due if now - wait.look > _LATE and now < wait.deadline}
                 if not due:
                     self._looks_at = min((wait.look for wait in self._waits.values()), default=_FOREVER)
                     self._changed.wait(None if self._looks_at == _FOREVER else self._looks_at - now)
                     continue
             # Without the lock: what is asked has locks of its own.
-            late = [key for key, wait in due if wait.deadline <= now or wait.is_urgent()]
+            late = [key for key, wait in due if wait.deadline <= now or (key not in late_looks and wait.is_urgent())]
             with self._changed:
                 given_up = [wait for key in late if (wait := self._waits.pop(key, None))]
                 for _, wait in due:

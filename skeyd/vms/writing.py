@@ -224,8 +224,10 @@ class KeyWriting:
         if last is None:
             error.metadata["outcome"] = UNCHANGED
             error.metadata.pop("uncertain", None)
+            error.metadata.pop("enabled", None)
             return
         error.metadata["outcome"] = last.outcome.upper()
+        error.metadata.pop("enabled", None)
         if last.enabled:
             error.metadata["enabled"] = "true"
         error.metadata.pop("uncertain", None)

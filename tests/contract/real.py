@@ -27,7 +27,7 @@ PGSTE: Final = "/proc/sys/vm/allocate_pgste"
 LAUNCHER: Final = "deploy/launcher/skeyd-pgste"
 SECONDS: Final = 120.0
 """For one request: a shared machine that emulates takes its time."""
-LOOK_SECONDS: Final = 20.0
+LOOK_SECONDS: Final = 60.0
 """For a look at whether the host lives at all, once it has not answered."""
 
 
@@ -79,6 +79,7 @@ class RealKernel:
     @contextmanager
     def allocate_pgste(self, on: bool) -> Iterator[None]:
         """Set the sysctl for as long as the context lasts, where the kernel has it."""
+        self._must_live()
         if not self.has_pgste_sysctl():
             yield
             return
@@ -95,10 +96,12 @@ class RealKernel:
 
     def run(self, program: str) -> str:
         """Run a Python program that may import skeyd, and return what it has printed."""
+        self._must_live()
         return self._host.run(["python3", "-c", program], cwd=INSIDE).stdout.decode()
 
     def run_compiled(self, source: Path) -> str:
         """Compile a C program that asks for PGSTE, run it, and return what it has printed."""
+        self._must_live()
         inside = f"{INSIDE}/{source.stem}"
         self._host.put(inside, compiled(source, "-Wl,--s390-pgste"), mode=0o755)
         return self._host.run([inside]).stdout.decode()
@@ -112,12 +115,14 @@ class RealKernel:
         """Tell what is known once a process has not answered; no test waits for this kernel again if it is dead."""
         self._must_live()
         try:
-            log = self._host.run(["tail", "-c", "4000", LOG], timeout=LOOK_SECONDS).stdout.decode(errors="replace")
-            found = [self._host.run(argv, timeout=LOOK_SECONDS).stdout.decode(errors="replace") for argv in LOOKS]
-        except (EmulatedHostError, OSError, subprocess.SubprocessError) as error:
+            found = [
+                self._host.run(argv, timeout=LOOK_SECONDS, check=False).stdout.decode(errors="replace")
+                for argv in (["tail", "-c", "4000", LOG], *LOOKS)
+            ]
+        except (EmulatedHostError, subprocess.TimeoutExpired) as error:
             self._given_up = f"{self.name} is dead, as a test before has found: {error}"
             return f"{self.name} is dead: {error}\n{self._host.state()}"
-        return "\n".join((log, *found, self._host.console[-4000:]))
+        return "\n".join((*found, self._host.console[-4000:]))
 
     def _must_live(self) -> None:
         if self._given_up is not None:

@@ -11,6 +11,7 @@ from typing import Final
 
 import pytest
 
+from skeyd.injection import memory
 from skeyd.injection.errors import BufferLostError, GoneError, InjectionError, NoVmError
 from skeyd.injection.injection import Injection
 from skeyd.injection.maps import mappings
@@ -29,6 +30,7 @@ CLOSE: Final = 3 if X86 else 6
 MOST: Final = 10_000
 PAGE: Final = 4096
 PROT_READ: Final = 1
+PROT_WRITE: Final = 2
 MAP_PRIVATE_ANONYMOUS_FIXED: Final = 0x02 | 0x20 | 0x10
 
 
@@ -145,6 +147,40 @@ def test_what_the_process_has_in_the_place_of_its_buffer_stays(owner: Owner) -> 
     assert owner.victim.ping() == 0
 
 
+def test_nothing_is_written_to_what_the_process_has_in_the_place_of_its_buffer(owner: Owner) -> None:
+    with owner.foreign() as foreign:
+        with Injection(owner.target, seconds=SECONDS) as injection:
+            address, size, _ = injection.note()
+            injection.munmap(address, size)
+            injection.mmap(address, size, PROT_READ | PROT_WRITE, MAP_PRIVATE_ANONYMOUS_FIXED)
+        for call in (foreign.set_skeys, foreign.get_skeys):
+            with pytest.raises(BufferLostError):
+                call(0, memoryview(bytearray(b"\x70" * MOST)))
+        assert not any(memory.read(owner.victim.pid, address, size))
+
+
+def test_only_the_buffer_goes_where_the_kernel_has_joined_it_with_other_memory(owner: Owner) -> None:
+    with owner.foreign(), Injection(owner.target, seconds=SECONDS) as injection:
+        address, size, _ = injection.note()
+        for beside in (address - PAGE, address + size):
+            injection.mmap(beside, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE_ANONYMOUS_FIXED)
+        joined = [(one.start, one.end) for one in mappings(owner.victim.pid) if one.start <= address < one.end]
+        assert joined == [(address - PAGE, address + size + PAGE)]
+    left = [one for one in mappings(owner.victim.pid) if address - PAGE <= one.start <= address + size]
+    assert [(one.start, one.end) for one in left] == [
+        (address - PAGE, address),
+        (address + size, address + size + PAGE),
+    ]
+
+
+def test_one_that_was_lost_is_taken_over_by_the_next(owner: Owner) -> None:
+    owner.foreign()
+    with owner.foreign() as foreign:
+        assert foreign.check_extension(abi.KVM_CAP_NR_MEMSLOTS) > 0
+    with Injection(owner.target, seconds=SECONDS) as injection:
+        assert injection.note()[0] == 0
+
+
 def test_nothing_goes_through_one_that_is_closed(owner: Owner) -> None:
     foreign = owner.foreign()
     foreign.close()
@@ -152,6 +188,7 @@ def test_nothing_goes_through_one_that_is_closed(owner: Owner) -> None:
         lambda: foreign.get_skeys(0, memoryview(bytearray(1))),
         lambda: foreign.set_skeys(0, memoryview(bytearray(1))),
         lambda: foreign.keyop(abi.KVM_S390_KEYOP_ISKE, 0),
+        lambda: foreign.check_extension(abi.KVM_CAP_NR_MEMSLOTS),
     ):
         with pytest.raises(InjectionError, match="closed"):
             call()

@@ -21,6 +21,7 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #ifdef __s390x__
 #include <sys/auxv.h>
 #endif
@@ -313,6 +314,21 @@ static int registers(void)
 }
 #endif
 
+/* Until the child has ended the parent waits, and nothing but a kill ends that. */
+static long in_vfork(void)
+{
+	pid_t child = vfork();
+	int status;
+
+	if (!child) {
+		usleep(milliseconds * 1000);
+		_exit(7);
+	}
+	while (waitpid(child, &status, 0) < 0)
+		;
+	return WEXITSTATUS(status);
+}
+
 int main(int count_of, char **words)
 {
 	const char *what = count_of > 1 ? words[1] : "read";
@@ -358,6 +374,8 @@ int main(int count_of, char **words)
 		result = syscall(SYS_futex, &word, FUTEX_WAIT, 0, milliseconds ? &time : NULL, NULL, 0);
 	else if (!strcmp(what, "read"))
 		result = wait_in_read();
+	else if (!strcmp(what, "vfork"))
+		result = in_vfork();
 	else if (!strcmp(what, "pause"))
 		result = pause();
 	else if (!strcmp(what, "handler"))

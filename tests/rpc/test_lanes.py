@@ -76,14 +76,14 @@ def test_a_refusal_is_of_that_call_only(lane: Lane) -> None:
 def test_a_call_can_tell_whether_others_wait_for_its_thread(lane: Lane) -> None:
     go_on, tell = threading.Event(), lane.submit(crowding).result(SECONDS)
     assert not crowding()()  # no lane's
-    running = [lane.submit(go_on.wait, SECONDS) for _ in range(THREADS)]
-    assert not tell()
-    running.append(lane.submit(go_on.wait, SECONDS))
-    assert tell()
-    go_on.set()
+    try:
+        running = [lane.submit(go_on.wait, SECONDS) for _ in range(THREADS)]
+        assert not tell()
+        running.append(lane.submit(go_on.wait, SECONDS))
+        assert tell()
+    finally:
+        go_on.set()
     assert all(one.result(SECONDS) for one in running)
-    # A call has left its place just after its result is there.
-    lane.shutdown()
     assert not tell()
 
 

@@ -115,7 +115,7 @@ def test_more_calls_without_a_request_than_a_kind_may_have_are_refused_and_keep_
 ) -> None:
     streams = method.endswith("s")
     most = MAX_WAITING + (MAX_KEY_STREAMS + SPARE_THREADS if streams else CALL_THREADS)
-    more = 150
+    more, enough = 300, 30
     with Stubs(daemon.target) as stubs, Stubs(daemon.target) as another:
         vm = another.create("guest", (0, 1)).name
         another.set(vm, [(0, b"\x10")])
@@ -134,7 +134,7 @@ def test_more_calls_without_a_request_than_a_kind_may_have_are_refused_and_keep_
             # On a busy machine the first of them are cut off before the last is made.
             while (error := done.get(timeout=QUICKLY)).code() is grpc.StatusCode.CANCELLED:
                 pass
-            for _ in range(more // 4):
+            for _ in range(enough):
                 found = refusal(error)
                 assert found.code is grpc.StatusCode.RESOURCE_EXHAUSTED
                 assert found.reason == ("TOO_MANY_STREAMS" if streams else "TOO_MANY_CALLS")
@@ -143,7 +143,7 @@ def test_more_calls_without_a_request_than_a_kind_may_have_are_refused_and_keep_
                 error = done.get(timeout=QUICKLY)
                 if error.code() is grpc.StatusCode.CANCELLED:
                     break
-            # In less time than passes until the first of them are cut off.
+            # Other kinds wait for none of them, however long these may take.
             assert check(another.channel, seconds=REQUEST_SECONDS - 1) == SERVING
             if streams:
                 key = another.keys.GetSkey(pb.GetSkeyRequest(vm=vm), timeout=REQUEST_SECONDS - 1).key

@@ -137,12 +137,17 @@ def test_a_worker_that_is_lost_before_it_was_asked_to_set_anything_has_changed_n
 
 @pytest.mark.parametrize(
     ("outcomes", "told"),
-    [([None], {"outcome": "UNCHANGED"}), ([SkeydError(Reason.WORKER_LOST, "gone")], {"outcome": "UNKNOWN"})],
+    [
+        ([None], {"outcome": "UNCHANGED"}),
+        ([kept_write(b"", outcome="rolled_back")], {"outcome": "ROLLED_BACK"}),
+        ([SkeydError(Reason.WORKER_LOST, "gone")], {"outcome": "UNKNOWN", "enabled": "true", "uncertain": "0x0-0x1"}),
+    ],
 )
 def test_what_a_workers_error_says_of_the_keys_by_itself_is_not_passed_on(
     outcomes: list[LastWrite | SkeydError | None], told: dict[str, str]
 ) -> None:
     said = {"outcome": "KEPT", "dirty": "0x0-0x1", "next_gfn": "0x104", "keys_set": "4", "crc32": "0x00000000"}
+    said |= {"enabled": "true", "uncertain": "0x0-0x1"}
     session = FakeSession(MEMORY)
     session.outcomes = outcomes
     ours = begin(session, (0x100, 8))
