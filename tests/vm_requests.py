@@ -23,6 +23,13 @@ def owned(vm_id: str, mib: int) -> vm_service_pb2.CreateVmRequest:
     return request
 
 
+def adopted(vm_id: str, mib: int) -> vm_service_pb2.AdoptVmRequest:
+    """Ask for the only VM of process 1, with one memory slot at 0."""
+    request = vm_service_pb2.AdoptVmRequest(vm_id=vm_id, pid=1)
+    request.memory_slots.add(memory_size=mib * MIB)
+    return request
+
+
 def pattern(frames: int) -> bytes:
     """Make keys of which no two neighbours are alike and no 1 MiB is like the next; all 128 values occur."""
     return bytes((frame * 38 + frame // 256 * 2) & 0xFE for frame in range(frames))

@@ -54,7 +54,7 @@ def name(new_vm: NewVm, stubs: Stubs) -> str:
 
 
 def test_every_command_that_does_something_is_on_the_page(shared_daemon: DaemonProcess) -> None:
-    commands = {"host", "vm create", "vm show", "vm list", "vm delete"}
+    commands = {"host", "vm create", "vm adopt", "vm show", "vm list", "vm delete"}
     commands |= {f"keys {verb}" for verb in ("get", "set", "dump", "load", "digest", "compare", "summary")}
     commands |= {f"key {verb}" for verb in ("get", "set", "reset-referenced")}
     rows = re.findall(r"^\| (`[a-z].*?) \| ", PAGE.read_text(), re.MULTILINE)
@@ -97,6 +97,7 @@ def test_vm_create_show_list_and_delete(shared_daemon: DaemonProcess, stubs: Stu
             "worker_version": vm.worker_version,
             "worker_pid": vm.worker_pid,
             "create_time": vm.create_time.ToJsonString(),
+            "vmm": None,
             "last_write": None,
         }
         shown = skeyctl(shared_daemon.target, "vm", "show", vm_id, "--json").value
