@@ -231,14 +231,31 @@ def test_a_second_tracer_is_told_of_the_first(tracers: list[int]) -> None:
     os.close(writing)
 
 
-def test_a_buffer_whose_owner_lives_is_not_taken_from_it() -> None:
+def test_a_buffer_whose_owner_lives_is_not_taken_from_it_and_ones_own_is(tracers: list[int]) -> None:
     with Victim("loop") as victim, Target(victim.pid) as target:
-        with Injection(target, seconds=SECONDS) as injection:
-            buffer = Buffer.open(injection, 5000)
-        with Injection(target, seconds=SECONDS) as injection:
-            with pytest.raises(InUseError, match=f"used by process {os.getpid()} ") as refused:
+        told, telling = os.pipe()
+
+        def owner() -> None:
+            with Target(victim.pid) as its_target, Injection(its_target, seconds=SECONDS) as injection:
                 Buffer.open(injection, 5000)
-            assert refused.value.owner == os.getpid()
+            os.write(telling, b"!")
+            signal.pause()
+
+        tracers.append(fork(owner))
+        assert os.read(told, 1) == b"!"
+        os.close(told)
+        os.close(telling)
+        with Injection(target, seconds=SECONDS) as injection:
+            with pytest.raises(InUseError, match=f"used by process {tracers[0]} ") as refused:
+                Buffer.open(injection, 5000)
+            assert refused.value.owner == tracers[0]
+        os.kill(tracers[0], signal.SIGKILL)
+        os.waitpid(tracers.pop(), 0)
+        with Injection(target, seconds=SECONDS) as injection:
+            taken = Buffer.open(injection, 5000).address
+            # What this process has lost itself, too.
+            buffer = Buffer.open(injection, 5000)
+            assert buffer.address == taken
             buffer.close(injection)
         turns(victim)
 
