@@ -221,14 +221,14 @@ def test_a_stopped_process_makes_calls_and_stays_stopped() -> None:
 
 def test_a_thread_that_nothing_stops_is_let_go_once_it_can_be() -> None:
     # In vfork, whose parent waits for the child and for nothing else.
-    with Victim("vfork", "700") as victim, Target(victim.pid) as target:
+    with Victim("vfork", "2600") as victim, Target(victim.pid) as target:
         victim.wait_until_in(VFORK)
         with pytest.raises(TimedOutError, match="did not stop in time"), Injection(target, seconds=0.05):
             pass
         # Else it would stand still for as long as this process lives.
         result = victim.result()
         assert (result.value, result.signals) == (7, 0)
-        assert result.seconds >= 0.7
+        assert result.seconds >= 2.6
 
 
 def test_a_call_that_blocks_is_interrupted_in_time_and_the_thread_goes_on() -> None:
