@@ -55,6 +55,7 @@ class RealKernel:
     @property
     def shared(self) -> _Process:
         """The process that tests share; another one where it has ended, so that one test's fault stays its own."""
+        self._must_live()
         if self._shared is None or self._shared[1].has_ended:
             self._end_shared()
             context = self.process()
