@@ -113,19 +113,19 @@ def _prepare(directory_fd: int, resources: ExitStack) -> tuple[Service, list[Has
     return Service(listener, hello, backend, partial(open_unnamed, directory_fd), release), [wake, *ends]
 
 
-def _backend(spec: Spec) -> tuple[Backend, list[HasFileno], Callable[[], None], Vmm | None]:
+def _backend(spec: Spec) -> tuple[Backend, list[HasFileno], Callable[[], None] | None, Vmm | None]:
     # And what becomes readable once the VM has ended by itself, what is to be done before its worker may end, and whose
     # it is.
     match spec.kind:
         case "owned":
-            return OwnedVm(spec), [], lambda: None, None
+            return OwnedVm(spec), [], None, None
         case "adopted":
             # Here, so that other kinds' workers don't pay for what they never use.
             from skeyd.worker.adopted import AdoptedVm
 
             adopted = AdoptedVm(spec)
             return adopted, [adopted], adopted.release, adopted.vmm
-    return SimulatedVm(spec), [], lambda: None, None
+    return SimulatedVm(spec), [], None, None
 
 
 def _say(message: dict[str, Any]) -> None:

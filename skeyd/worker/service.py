@@ -57,8 +57,9 @@ class _Connection:
 class Service:
     """Serves one VM's keys on a listening socket until it is told to end, by a shutdown request or by `stop`.
 
-    A connection that breaks the protocol is closed; the others and the VM go on. `release` is called before a shutdown
-    request is obeyed: what it raises is the answer, and all goes on.
+    A connection that breaks the protocol is closed; the others and the VM go on. With `release` the VM
+    outlives this process: it is called before a shutdown request is obeyed, what it raises is the answer, and all goes
+    on; VM_BUSY while a call runs or is rolled back.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Service:
         hello: Hello,
         backend: Backend,
         open_journal: Callable[[], int],
-        release: Callable[[], None] = lambda: None,
+        release: Callable[[], None] | None = None,
     ) -> None:
         self._listener = listener
         self._hello = hello
@@ -188,7 +189,10 @@ class Service:
             case "shutdown":
                 if request.text("uid") != self._hello.uid:
                     raise ProtocolError("shutdown of another VM")
-                self._release()
+                if self._release is not None:
+                    # The VM goes on without this process, and so with the keys that it has then: whole ones.
+                    self._transactions.require_idle()
+                    self._release()
                 self._running = False
                 return {}, None
         raise ProtocolError("no such op")

@@ -19,6 +19,7 @@ from unittest import mock
 
 import pytest
 
+from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange
 from skeyd.kvm.errors import KvmError
 from skeyd.kvm.vm import Vm
@@ -41,14 +42,19 @@ def _open_journal(directory: Path) -> int:
 
 
 @contextmanager
-def _serving(directory: Path, backend: Backend, open_journal: Callable[[], int] | None = None) -> Iterator[None]:
+def _serving(
+    directory: Path,
+    backend: Backend,
+    open_journal: Callable[[], int] | None = None,
+    release: Callable[[], None] | None = None,
+) -> Iterator[None]:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     wake, sender = socket.socketpair()
     with listener, wake, sender:
         listener.bind(str(directory / SOCKET))
         listener.listen()
         hello = Hello("web", UID, "0" * 32, "owned", "6.1", "0", os.getpid(), 0, backend.memory_map.slots)
-        service = Service(listener, hello, backend, open_journal or partial(_open_journal, directory))
+        service = Service(listener, hello, backend, open_journal or partial(_open_journal, directory), release)
         thread = threading.Thread(target=service.run, args=([wake],))
         thread.start()
         try:
@@ -287,6 +293,45 @@ def test_who_would_set_a_key_while_a_call_runs_or_is_rolled_back_is_busy(
             assert other.ok(op="keyop", operation="iske", gfn=0, key=0)["uses_keys"]
         assert _settled(other) == "rolled_back"
         assert _keys(other, others, 0, 8) == bytes(8)
+
+
+@pytest.mark.parametrize("rolling", [False, True], ids=["runs", "rolls back"])
+def test_a_vm_that_outlives_its_worker_is_let_go_with_whole_keys_only(runtime_dir: Path, rolling: bool) -> None:
+    backend, released = Gated(), threading.Event()
+    with _serving(runtime_dir, backend, release=released.set), _met(runtime_dir) as other:
+        with _attached(runtime_dir) as (front, buffers):
+            front.ok(**BEGIN)
+            for start in (0, 4):
+                assert "ok" in _set(front, buffers, start, b"\xf8" * 4)
+            backend.gated = rolling
+            if rolling:
+                front.close()
+                assert backend.reached.acquire(timeout=SECONDS)
+            other.say(op="shutdown", uid=UID)
+            backend.gate.release(5)
+            answer = other.take()
+            assert answer is not None
+            assert answer["error"]["reason"] == "VM_BUSY"
+            assert not released.is_set()
+        assert _settled(other) == "rolled_back"
+        other.ok(op="shutdown", uid=UID)
+        assert released.is_set()
+
+
+def test_a_vm_that_cant_be_let_go_is_served_on(runtime_dir: Path) -> None:
+    refusals = [SkeydError(Reason.VMM_TRACED, "by a debugger")]
+
+    def release() -> None:
+        if refusals:
+            raise refusals.pop()
+
+    with _serving(runtime_dir, Recording(), release=release), _met(runtime_dir) as front:
+        front.say(op="shutdown", uid=UID)
+        answer = front.take()
+        assert answer is not None
+        assert answer["error"]["reason"] == "VMM_TRACED"
+        assert "uses_keys" in front.ok(op="status")
+        front.ok(op="shutdown", uid=UID)
 
 
 @pytest.mark.parametrize("end", ["abandon", "hang up", "garbage", "commit"])
