@@ -16,8 +16,10 @@ from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange, MemorySlot, Ranges
 from skeyd.v1 import host_service_pb2, vm_pb2, vm_service_pb2
 from skeyd.vms.vm import Vm, VmState
+from skeyd.worker.adoption import FD_MAX, HOLD_MAX_MS, PID_MAX, Adoption
 from skeyd.worker.outcomes import LastWrite
-from skeyd.worker.protocol import FD_MAX, HOLD_MAX_MS, PID_MAX, VM_ID, Adoption, Fields, SlotSpec, Spec
+from skeyd.worker.packets import Fields
+from skeyd.worker.protocol import VM_ID, SlotSpec, Spec
 from skeyd.worker.slots import check_slots
 
 _KINDS = {

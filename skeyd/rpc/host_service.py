@@ -15,7 +15,8 @@ from skeyd.rpc import convert
 from skeyd.rpc.slots import CallSlots
 from skeyd.v1 import host_service_pb2, host_service_pb2_grpc
 from skeyd.vms.registry import Registry
-from skeyd.worker.protocol import MAX_MEMORY_SLOTS, Fields, ProtocolError
+from skeyd.worker.packets import Fields, ProtocolError
+from skeyd.worker.protocol import MAX_MEMORY_SLOTS
 
 
 class HostService(host_service_pb2_grpc.HostServiceServicer):

@@ -10,7 +10,8 @@ from typing import Any, Final
 
 from skeyd.gfn import GfnRange
 from skeyd.vms.pacing import Pace
-from skeyd.worker.protocol import BUFFER_KEYS, NANOSECONDS_MAX, SLICE_KEYS, Fields
+from skeyd.worker.packets import Fields
+from skeyd.worker.protocol import BUFFER_KEYS, NANOSECONDS_MAX, SLICE_KEYS
 
 SLICES_AHEAD: Final = 16
 """Most slices that a worker is asked for before it has answered: the socket must hold its answers."""

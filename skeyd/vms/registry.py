@@ -28,7 +28,8 @@ from skeyd.vms.runtime import RuntimeDirectory, VmDirectory
 from skeyd.vms.session import Session
 from skeyd.vms.starter import WorkerStarter
 from skeyd.vms.vm import Vm, VmState
-from skeyd.worker.protocol import Fields, ProtocolError, Spec
+from skeyd.worker.packets import Fields, ProtocolError
+from skeyd.worker.protocol import Spec
 
 _ASKED_AT_ONCE: Final = 32
 

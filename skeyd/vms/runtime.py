@@ -21,17 +21,8 @@ from typing import Final
 from skeyd import paths
 from skeyd.errors import Reason, SkeydError, exhausted
 from skeyd.linux import lock_is_held, take_lock
-from skeyd.worker.protocol import (
-    LOCK,
-    MESSAGE_MAX,
-    SOCKET,
-    VM_ID,
-    Fields,
-    ProtocolError,
-    Spec,
-    decode,
-    encode,
-)
+from skeyd.worker.packets import MESSAGE_MAX, Fields, ProtocolError, decode, encode
+from skeyd.worker.protocol import LOCK, SOCKET, VM_ID, Spec
 
 RECORD: Final = "vm.json"
 LOG: Final = "worker.log"

@@ -21,16 +21,8 @@ from skeyd.vms.pacing import Pace
 from skeyd.vms.read_ahead import ChunkRead, ReadAhead
 from skeyd.worker.channel import Channel, address_in, close_all
 from skeyd.worker.outcomes import Begun, LastWrite
-from skeyd.worker.protocol import (
-    BUFFER_BYTES,
-    NANOSECONDS_MAX,
-    SLICE_KEYS,
-    SOCKET,
-    Fields,
-    Hello,
-    ProtocolError,
-    take_answer,
-)
+from skeyd.worker.packets import Fields, ProtocolError, take_answer
+from skeyd.worker.protocol import BUFFER_BYTES, NANOSECONDS_MAX, SLICE_KEYS, SOCKET, Hello
 
 
 class Session:

@@ -16,7 +16,8 @@ from typing import Final, Protocol
 from skeyd.errors import Reason, SkeydError, exhausted
 from skeyd.limits import WORKER_START_SECONDS
 from skeyd.vms.runtime import VmDirectory, last_words
-from skeyd.worker.protocol import MESSAGE_MAX, Fields, ProtocolError, Spec, decode, encode, take_answer
+from skeyd.worker.packets import MESSAGE_MAX, Fields, ProtocolError, decode, encode, take_answer
+from skeyd.worker.protocol import Spec
 
 _WORKER: Final = str(Path(__file__).parent.parent / "worker" / "__main__.py")
 _NOT_RUN: Final = (126, 127)

@@ -6,8 +6,8 @@ import enum
 from dataclasses import dataclass
 
 from skeyd.gfn import MemorySlot
+from skeyd.worker.adoption import Vmm
 from skeyd.worker.outcomes import LastWrite
-from skeyd.worker.protocol import Vmm
 
 
 class VmState(enum.Enum):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Final
 
 from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import MemoryMap
@@ -14,11 +13,10 @@ from skeyd.injection.target import Target
 from skeyd.injection.vm import ForeignVm
 from skeyd.kvm import abi
 from skeyd.worker import refusals, vmm_refusals
-from skeyd.worker.protocol import SLICE_KEYS, Spec, Vmm
+from skeyd.worker.adoption import Vmm
+from skeyd.worker.packets import printable
+from skeyd.worker.protocol import SLICE_KEYS, Spec
 from skeyd.worker.slots import memory_map
-
-EXECUTABLE_MAX: Final = 1024
-"""Characters of a path that is told."""
 
 
 class AdoptedVm:
@@ -43,7 +41,7 @@ class AdoptedVm:
                 raise SkeydError(Reason.VMM_NOT_FOUND, str(error), {"vmm_pid": str(error.pid)}) from error
             fd = spec.adoption.fd if spec.adoption.fd >= 0 else _only_vm(target)
             self._vm = undo.enter_context(ForeignVm(target, fd, SLICE_KEYS, spec.adoption.hold_ms / 1000))
-            self.vmm = Vmm(target.pid, target.start_time, target.uid, _printable(target.executable), fd)
+            self.vmm = Vmm(target.pid, target.start_time, target.uid, printable(target.executable), fd)
             if not self._vm.check_extension(abi.KVM_CAP_S390_SKEYS):
                 raise refusals.no_capability()
             self.has_keyop = bool(self._vm.check_extension(abi.KVM_CAP_S390_KEYOP))
@@ -92,10 +90,6 @@ def _only_vm(target: Target) -> int:
         which = f"the VMs {', '.join(map(str, fds))}: name one" if fds else "no VM"
         raise SkeydError(Reason.VMM_NOT_FOUND, f"process {target.pid} has {which}", {"vmm_pid": str(target.pid)})
     return fds[0]
-
-
-def _printable(text: str) -> str:
-    return "".join(character if character.isprintable() else "?" for character in text[:EXECUTABLE_MAX])
 
 
 @contextmanager

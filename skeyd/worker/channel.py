@@ -9,7 +9,7 @@ import socket
 from collections.abc import Sequence
 from typing import Any, Final
 
-from skeyd.worker.protocol import MESSAGE_MAX, Fields, ProtocolError, decode, encode
+from skeyd.worker.packets import MESSAGE_MAX, Fields, ProtocolError, decode, encode
 
 _MAX_FDS: Final = 1
 

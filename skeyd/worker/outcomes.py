@@ -19,7 +19,7 @@ from typing import Any, Final, Self
 from skeyd.errors import SkeydError
 from skeyd.gfn import GfnRange
 from skeyd.storage_key import GFN_LIMIT
-from skeyd.worker.protocol import Fields, ProtocolError
+from skeyd.worker.packets import Fields, ProtocolError
 
 OUTCOMES: Final = ("applied", "rolling_back", "rolled_back", "dirty", "kept")
 STATES: Final = ("begun", "resumed", "applied")

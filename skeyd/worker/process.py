@@ -16,20 +16,12 @@ import skeyd
 from skeyd.errors import Reason, SkeydError, exhausted
 from skeyd.kvm.probe import probe_host
 from skeyd.linux import open_unnamed, signals_by_socket, take_lock
+from skeyd.worker.adoption import Vmm
 from skeyd.worker.backend import Backend
 from skeyd.worker.channel import address_in
 from skeyd.worker.owned import OwnedVm
-from skeyd.worker.protocol import (
-    LOCK,
-    MESSAGE_MAX,
-    SOCKET,
-    Hello,
-    ProtocolError,
-    Spec,
-    Vmm,
-    decode,
-    error_message,
-)
+from skeyd.worker.packets import MESSAGE_MAX, ProtocolError, decode, error_message
+from skeyd.worker.protocol import LOCK, SOCKET, Hello, Spec
 from skeyd.worker.service import HasFileno, Service
 from skeyd.worker.simulated import SimulatedVm
 from skeyd.worker.traceback_log import log_traceback

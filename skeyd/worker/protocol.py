@@ -1,8 +1,7 @@
-"""What front and worker say to each other: one JSON object a packet, every field checked by the receiver.
+"""What front and worker say to each other: one JSON object a packet (skeyd.worker.packets).
 
-The socket is SOCK_SEQPACKET, which keeps packets apart, so that no length is ever parsed. The keys themselves never
-pass through it: they lie in the two halves ("buffers") of a sealed memfd that the worker makes for each connection,
-each as large as the largest chunk, so that several slices fill one.
+The keys themselves never pass through the socket: they lie in the two halves ("buffers") of a sealed memfd that the
+worker makes for each connection, each as large as the largest chunk, so that several slices fill one.
 
     worker → front   hello, at once when the connection is accepted
     front → worker   {"op": "status"}                                  → {"ok": {"uses_keys": bool, "last_write"?}}
@@ -24,20 +23,18 @@ output.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
-from skeyd.errors import Reason, SkeydError
+from skeyd.errors import SkeydError
 from skeyd.gfn import GfnRange, MemoryMap, MemorySlot
 from skeyd.storage_key import FRAME_SIZE, GFN_LIMIT
+from skeyd.worker.adoption import PID_MAX, Adoption, Vmm
+from skeyd.worker.packets import Fields, ProtocolError
 
 PROTOCOL: Final = 3
 """Raised with every change that an older peer would misread."""
-
-MESSAGE_MAX: Final = 64 * 1024
-"""Bytes in a packet."""
 
 SLICE_KEYS: Final = 262_144
 """Most keys a request, and so an ioctl: with two buffers this was 99 % of the speed of a bare ioctl loop; more would
@@ -71,122 +68,13 @@ MAX_MEMORY_SLOTS: Final = 32
 MAX_MEMORY: Final = (((1 << 31) - 1) << 12) & ~((1 << 20) - 1)
 """Bytes in a slot: KVM_MEM_MAX_NR_PAGES, 2^31 - 1 frames (include/linux/kvm_host.h @ v6.12), in whole MiB."""
 
-PID_MAX: Final = 1 << 31
-FD_MAX: Final = (1 << 31) - 1
-UID_MAX: Final = (1 << 32) - 1
-HOLD_MAX_MS: Final = 10_000
-
 VM_ID: Final = re.compile(r"[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?")
 UID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 INCARNATION: Final = re.compile(r"[0-9a-f]{32}")
-_TEXT_MAX: Final = 1024
 NANOSECONDS_MAX: Final = 1 << 62
 """Of an ioctl; over a hundred years."""
 CREATED_MAX: Final = 253_402_300_799
 """The end of the year 9999, and of what a google.protobuf.Timestamp holds."""
-
-
-class ProtocolError(Exception):
-    """The other side sent what the protocol forbids. The message names it."""
-
-
-class Fields:
-    """A JSON object whose fields are taken one by one, each checked. ProtocolError names the first that is wrong."""
-
-    def __init__(self, value: object, what: str) -> None:
-        if not isinstance(value, dict):
-            raise ProtocolError(f"{what} is no object")
-        self._fields: dict[str, Any] = value
-        self._what = what
-
-    def has(self, name: str) -> bool:
-        """Whether there is a field of that name that isn't null."""
-        return self._fields.get(name) is not None
-
-    def integer(self, name: str, least: int, most: int) -> int:
-        """Take a whole number between two bounds, both included."""
-        value = self._fields.get(name)
-        if type(value) is not int or not least <= value <= most:
-            raise ProtocolError(f"{self._what}: {name} is no number from {least} to {most}")
-        return value
-
-    def boolean(self, name: str) -> bool:
-        """Take true or false."""
-        value = self._fields.get(name)
-        if not isinstance(value, bool):
-            raise ProtocolError(f"{self._what}: {name} is neither true nor false")
-        return value
-
-    def text(self, name: str, form: re.Pattern[str] | None = None) -> str:
-        """Take a printable string of at most 1,024 characters, all of which a pattern matches if one is given."""
-        value = self._fields.get(name)
-        # Printable: it is shown on terminals and written into logs and protobufs, which take no lone surrogates.
-        if not isinstance(value, str) or len(value) > _TEXT_MAX or not value.isprintable():
-            raise ProtocolError(f"{self._what}: {name} is no text of at most {_TEXT_MAX} characters")
-        if form and not form.fullmatch(value):
-            raise ProtocolError(f"{self._what}: {name} is no text of the right form")
-        return value
-
-    def choice(self, name: str, choices: tuple[str, ...]) -> str:
-        """Take one of a few words."""
-        value = self._fields.get(name)
-        if not isinstance(value, str) or value not in choices:
-            raise ProtocolError(f"{self._what}: {name} is none of {', '.join(choices)}")
-        return value
-
-    def objects(self, name: str, most: int) -> list[Fields]:
-        """Take a list of objects."""
-        value = self._fields.get(name)
-        if not isinstance(value, list) or len(value) > most:
-            raise ProtocolError(f"{self._what}: {name} is no list of at most {most}")
-        return [Fields(one, f"{self._what}: {name}[{index}]") for index, one in enumerate(value)]
-
-    def object(self, name: str) -> Fields:
-        """Take an object."""
-        return Fields(self._fields.get(name), f"{self._what}: {name}")
-
-    def texts(self) -> dict[str, str]:
-        """Take all fields, which must be strings."""
-        return {name: self.text(name) for name in self._fields}
-
-
-def encode(message: dict[str, Any]) -> bytes:
-    """Write a message down. ProtocolError where it doesn't fit a packet."""
-    data = json.dumps(message, separators=(",", ":")).encode()
-    if len(data) > MESSAGE_MAX:
-        raise ProtocolError(f"a message of {len(data)} bytes doesn't fit a packet")
-    return data
-
-
-def decode(data: bytes, what: str) -> Fields:
-    """Read a message. ProtocolError for anything but one JSON object of at most MESSAGE_MAX bytes."""
-    if len(data) > MESSAGE_MAX:
-        raise ProtocolError(f"{what} is longer than a packet may be")
-    try:
-        return Fields(json.loads(data), what)
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError(f"{what} is no JSON: {error}") from None
-
-
-def error_message(error: SkeydError) -> dict[str, Any]:
-    """Put an error into an answer."""
-    text = {name: _printable(value) for name, value in error.metadata.items()}
-    return {"error": {"reason": error.reason.name, "message": _printable(error.message), "metadata": text}}
-
-
-def _printable(text: str) -> str:
-    return "".join(character if character.isprintable() else "?" for character in text[:_TEXT_MAX])
-
-
-def take_answer(answer: Fields) -> Fields:
-    """Return what is in a good answer; raise the SkeydError that is in the other kind."""
-    if not answer.has("error"):
-        return answer.object("ok")
-    error = answer.object("error")
-    name, message = error.text("reason"), error.text("message")
-    if name not in Reason.__members__:
-        raise SkeydError(Reason.WORKER_FAILED, f"the worker gave a reason unknown here, {name}: {message}")
-    raise SkeydError(Reason[name], message, error.object("metadata").texts())
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,67 +89,6 @@ class SlotSpec:
     """One of BACKINGS."""
     path: str = ""
     """For "file": which."""
-
-
-@dataclass(frozen=True, slots=True)
-class Adoption:
-    """A VM of another process."""
-
-    pid: int
-    start_time: int
-    """Of that process, in clock ticks since boot: another with its number has another. 0: whichever it is."""
-    fd: int
-    """The VM's descriptor there; -1: the only one."""
-    hold_ms: int
-    """How long a call may hold a thread of the process, in milliseconds."""
-
-    def to_message(self) -> dict[str, Any]:
-        """Write it down."""
-        return {"pid": self.pid, "start_time": self.start_time, "fd": self.fd, "hold_ms": self.hold_ms}
-
-    @classmethod
-    def from_message(cls, message: Fields) -> Self:
-        """Read it. ProtocolError for anything that is none."""
-        return cls(
-            message.integer("pid", 1, PID_MAX),
-            message.integer("start_time", 0, GFN_LIMIT),
-            message.integer("fd", -1, FD_MAX),
-            message.integer("hold_ms", 1, HOLD_MAX_MS),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Vmm:
-    """The process that owns an adopted VM."""
-
-    pid: int
-    start_time: int
-    """In clock ticks since boot."""
-    uid: int
-    executable: str
-    fd: int
-    """Its descriptor of the VM."""
-
-    def to_message(self) -> dict[str, Any]:
-        """Write it down."""
-        return {
-            "pid": self.pid,
-            "start_time": self.start_time,
-            "uid": self.uid,
-            "executable": self.executable,
-            "fd": self.fd,
-        }
-
-    @classmethod
-    def from_message(cls, message: Fields) -> Self:
-        """Read it. ProtocolError for anything that is none."""
-        return cls(
-            message.integer("pid", 1, PID_MAX),
-            message.integer("start_time", 0, GFN_LIMIT),
-            message.integer("uid", 0, UID_MAX),
-            message.text("executable"),
-            message.integer("fd", 0, FD_MAX),
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,17 +18,8 @@ from skeyd.worker.channel import Channel, close_all
 from skeyd.worker.keyops import KeyOps
 from skeyd.worker.keys import Keys
 from skeyd.worker.outcomes import CRC_MAX, FINGERPRINT, REQUEST_ID, Begun, LastWrite
-from skeyd.worker.protocol import (
-    BUFFER_BYTES,
-    BUFFER_KEYS,
-    BUFFERS,
-    KEYOPS,
-    SLICE_KEYS,
-    Fields,
-    Hello,
-    ProtocolError,
-    error_message,
-)
+from skeyd.worker.packets import Fields, ProtocolError, error_message
+from skeyd.worker.protocol import BUFFER_BYTES, BUFFER_KEYS, BUFFERS, KEYOPS, SLICE_KEYS, Hello
 from skeyd.worker.traceback_log import log_traceback
 from skeyd.worker.transactions import Call, Transactions
 

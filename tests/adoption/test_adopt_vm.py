@@ -17,7 +17,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from skeyd.v1 import vm_pb2, vm_service_pb2
-from skeyd.worker.protocol import HOLD_MAX_MS
+from skeyd.worker.adoption import HOLD_MAX_MS
 from tests.daemon import DaemonProcess
 from tests.injection.victims import Victim, cannot, differences, look_at_process
 from tests.rpc.stubs import Refusal, Stubs, refusal

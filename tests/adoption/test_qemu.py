@@ -18,7 +18,7 @@ from skeyd.injection import memory
 from skeyd.injection.buffer import MARK
 from skeyd.injection.maps import mappings
 from skeyd.v1 import vm_pb2, vm_service_pb2
-from skeyd.worker.protocol import HOLD_MAX_MS
+from skeyd.worker.adoption import HOLD_MAX_MS
 from tests.daemon import DaemonProcess
 from tests.injection.qemu import FRAMES, PROGRAM, SANDBOX, Qemu, require_qemu
 from tests.injection.victims import differences, look_at_process, wait_for

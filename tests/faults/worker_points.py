@@ -15,7 +15,7 @@ from skeyd.worker import journal
 from skeyd.worker.channel import Channel
 from skeyd.worker.keys import Keys
 from skeyd.worker.owned import OwnedVm
-from skeyd.worker.protocol import Fields
+from skeyd.worker.packets import Fields
 from skeyd.worker.simulated import SimulatedVm
 from skeyd.worker.transactions import Transactions
 from tests.faults import nonsense

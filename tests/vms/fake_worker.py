@@ -13,7 +13,8 @@ from typing import Any, Self
 
 from skeyd.gfn import GfnRange, MemorySlot
 from skeyd.linux import sealed_memfd
-from skeyd.worker.protocol import BUFFER_BYTES, MESSAGE_MAX, SOCKET, Hello
+from skeyd.worker.packets import MESSAGE_MAX
+from skeyd.worker.protocol import BUFFER_BYTES, SOCKET, Hello
 from tests.worker.processes import SECONDS
 from tests.worker.specs import UID
 

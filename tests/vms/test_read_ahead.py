@@ -17,7 +17,8 @@ from skeyd.gfn import GfnRange
 from skeyd.limits import DEFAULT_CHUNK_KEYS
 from skeyd.vms.pacing import FIRST_KEYS, Pace
 from skeyd.vms.read_ahead import SLICES_AHEAD, ChunkRead, ReadAhead
-from skeyd.worker.protocol import BUFFER_BYTES, BUFFER_KEYS, SLICE_KEYS, Fields
+from skeyd.worker.packets import Fields
+from skeyd.worker.protocol import BUFFER_BYTES, BUFFER_KEYS, SLICE_KEYS
 from tests.examples import examples
 
 _PATTERN = bytes(gfn * 6 % 256 & 0xFE for gfn in range(256)) * ((BUFFER_KEYS >> 8) + 2)

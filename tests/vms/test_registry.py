@@ -19,7 +19,8 @@ from skeyd.vms.registry import Registry
 from skeyd.vms.runtime import RECORD, RuntimeDirectory, VmDirectory
 from skeyd.vms.starter import ChildStarter
 from skeyd.vms.vm import Vm, VmState
-from skeyd.worker.protocol import LOCK, Fields, Spec
+from skeyd.worker.packets import Fields
+from skeyd.worker.protocol import LOCK, Spec
 from tests.processes import children, look_at
 from tests.vms.fake_worker import Caller, FakeWorker, answers
 from tests.vms.registries import (

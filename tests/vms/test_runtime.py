@@ -16,7 +16,8 @@ import pytest
 
 from skeyd.errors import Reason, SkeydError
 from skeyd.vms.runtime import LOG, RECORD, RuntimeDirectory, RuntimeDirectoryError, VmDirectory
-from skeyd.worker.protocol import LOCK, MESSAGE_MAX, PROTOCOL, SOCKET, ProtocolError, SlotSpec, Spec
+from skeyd.worker.packets import MESSAGE_MAX, ProtocolError
+from skeyd.worker.protocol import LOCK, PROTOCOL, SOCKET, SlotSpec, Spec
 from tests.worker.specs import UID, simulated
 
 OTHER_UID = "11111111-2222-3333-4444-555555555555"

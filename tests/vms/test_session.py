@@ -16,13 +16,8 @@ from skeyd.gfn import GfnRange
 from skeyd.linux import Peer
 from skeyd.vms import session as session_module
 from skeyd.vms.session import Session
-from skeyd.worker.protocol import (
-    BUFFER_BYTES,
-    MESSAGE_MAX,
-    PROTOCOL,
-    SLICE_KEYS,
-    ProtocolError,
-)
+from skeyd.worker.packets import MESSAGE_MAX, ProtocolError
+from skeyd.worker.protocol import BUFFER_BYTES, PROTOCOL, SLICE_KEYS
 from tests.vms.fake_worker import Caller, FakeWorker, answers, hello, says
 from tests.vms.sessions import (
     OK,

@@ -13,9 +13,7 @@ from skeyd.errors import Reason, SkeydError
 from skeyd.limits import WORKER_ANSWER_SECONDS, WORKER_HELLO_SECONDS
 from skeyd.vms import session as session_module
 from skeyd.vms.session import Session
-from skeyd.worker.protocol import (
-    MESSAGE_MAX,
-)
+from skeyd.worker.packets import MESSAGE_MAX
 from tests.vms.fake_worker import Caller, FakeWorker, answers, hello
 from tests.vms.sessions import (
     BEGUN,

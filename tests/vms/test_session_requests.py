@@ -20,11 +20,8 @@ from skeyd.vms import session as session_module
 from skeyd.vms.hang_up import HangUp
 from skeyd.vms.session import Session
 from skeyd.worker.outcomes import Begun, LastWrite
-from skeyd.worker.protocol import (
-    BUFFER_BYTES,
-    BUFFER_KEYS,
-    error_message,
-)
+from skeyd.worker.packets import error_message
+from skeyd.worker.protocol import BUFFER_BYTES, BUFFER_KEYS
 from tests.vms.fake_worker import Caller, FakeWorker, answers, hello, says
 from tests.vms.sessions import (
     FRAMES,

@@ -17,7 +17,8 @@ from typing import Any, Final, Self
 import skeyd
 from skeyd.linux import lock_is_held
 from skeyd.worker.channel import address_in
-from skeyd.worker.protocol import LOCK, MESSAGE_MAX, SOCKET, Spec, encode
+from skeyd.worker.packets import MESSAGE_MAX, encode
+from skeyd.worker.protocol import LOCK, SOCKET, Spec
 
 WORKER: Final = str(Path(skeyd.__file__).parent / "worker" / "__main__.py")
 SECONDS: Final = 30.0

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from skeyd.worker.channel import Channel, address_in, close_all
-from skeyd.worker.protocol import MESSAGE_MAX, ProtocolError
+from skeyd.worker.packets import MESSAGE_MAX, ProtocolError
 
 
 @pytest.fixture

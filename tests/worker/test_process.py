@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 
 import skeyd
-from skeyd.worker.protocol import BUFFER_BYTES, BUFFER_KEYS, LOCK, MESSAGE_MAX, PROTOCOL, SLICE_KEYS, SOCKET, encode
+from skeyd.worker.packets import MESSAGE_MAX, encode
+from skeyd.worker.protocol import BUFFER_BYTES, BUFFER_KEYS, LOCK, PROTOCOL, SLICE_KEYS, SOCKET
 from skeyd.worker.service import MAX_CONNECTIONS
 from tests.worker.processes import SECONDS, WORKER, Front, WorkerProcess, hung_up
 from tests.worker.specs import UID, owned, simulated, slot

@@ -17,24 +17,11 @@ from skeyd import limits
 from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange, MemorySlot
 from skeyd.kvm import abi
-from skeyd.worker import protocol
+from skeyd.worker import adoption, protocol
+from skeyd.worker.adoption import Adoption, Vmm
 from skeyd.worker.outcomes import DIRTY_RANGES, OUTCOMES, REQUEST_ID, STATES, Begun, LastWrite
-from skeyd.worker.protocol import (
-    MAX_MEMORY,
-    MAX_MEMORY_SLOTS,
-    MESSAGE_MAX,
-    Adoption,
-    Fields,
-    Hello,
-    ProtocolError,
-    SlotSpec,
-    Spec,
-    Vmm,
-    decode,
-    encode,
-    error_message,
-    take_answer,
-)
+from skeyd.worker.packets import MESSAGE_MAX, Fields, ProtocolError, decode, encode, error_message, take_answer
+from skeyd.worker.protocol import MAX_MEMORY, MAX_MEMORY_SLOTS, Hello, SlotSpec, Spec
 from tests.examples import examples
 from tests.worker.specs import UID
 
@@ -210,10 +197,10 @@ _frames = st.integers(0, (1 << 64) - 1).flatmap(
         simulated_kernel=st.sampled_from(protocol.SIMULATED_KERNELS),
         adoption=st.builds(
             Adoption,
-            st.integers(1, protocol.PID_MAX),
+            st.integers(1, adoption.PID_MAX),
             st.integers(0, 1 << 64),
-            st.integers(0, protocol.FD_MAX),
-            st.integers(1, protocol.HOLD_MAX_MS),
+            st.integers(0, adoption.FD_MAX),
+            st.integers(1, adoption.HOLD_MAX_MS),
         ),
     ).map(lambda spec: spec if spec.kind == "adopted" else replace(spec, adoption=None))
 )
@@ -250,11 +237,11 @@ def test_only_an_adopted_vm_is_another_processs(kind: str) -> None:
         keyop=st.booleans(),
         vmm=st.builds(
             Vmm,
-            st.integers(1, protocol.PID_MAX),
+            st.integers(1, adoption.PID_MAX),
             st.integers(0, 1 << 64),
-            st.integers(0, protocol.UID_MAX),
+            st.integers(0, adoption.UID_MAX),
             _texts,
-            st.integers(0, protocol.FD_MAX),
+            st.integers(0, adoption.FD_MAX),
         ),
     ).map(lambda hello: hello if hello.kind == "adopted" else replace(hello, vmm=None))
 )
