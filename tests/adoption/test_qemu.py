@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from skeyd.worker.adoption import HOLD_MAX_MS
 from tests.daemon import DaemonProcess
 from tests.injection.qemu import FRAMES, PROGRAM, SANDBOX, Qemu, require_qemu
 from tests.injection.victims import differences, look_at_process, wait_for
-from tests.rpc.stubs import Stubs, chunk, commit, header, refusal
+from tests.rpc.stubs import SetStream, Stubs, chunk, commit, header, refusal
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -123,6 +124,24 @@ def test_what_is_not_committed_is_rolled_back_in_qemu_too(daemon: DaemonProcess,
         assert error is not None
         assert (error.reason, error.metadata["outcome"]) == ("KEY_RESERVED_BIT", "ROLLED_BACK")
         assert acc_and_f(qemu.dumped()) == keys
+        client.delete_vm(NAME)
+    qemu.answers()
+
+
+def test_a_worker_that_is_told_to_end_in_the_middle_leaves_qemu_with_whole_keys(
+    daemon: DaemonProcess, qemu: Qemu
+) -> None:
+    keys = some_keys(8, FRAMES)
+    with Stubs(daemon.target) as stubs, daemon.connect() as client:
+        vm = adopt(client, qemu)
+        stubs.set(NAME, [(0, keys)])
+        with SetStream(stubs) as stream:
+            stream.begin(NAME, (0, FRAMES))
+            assert stream.ask(chunk(0, b"\x70" * 8192)).WhichOneof("part") == "progress"
+            os.kill(vm.worker_pid, signal.SIGTERM)
+            wait_for(lambda: client.get_vm(NAME).state == vm_pb2.VM_STATE_DEAD)
+        assert acc_and_f(qemu.dumped()) == keys
+        assert buffers_in(qemu.pid) == []
         client.delete_vm(NAME)
     qemu.answers()
 
