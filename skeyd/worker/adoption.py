@@ -13,6 +13,9 @@ FD_MAX: Final = (1 << 31) - 1
 UID_MAX: Final = (1 << 32) - 1
 HOLD_MAX_MS: Final = 10_000
 
+MEMORY_SOURCES: Final = ("named", "probed")
+"""Who says which memory slots the VM has: the caller, or the VM itself, by its answers to GET."""
+
 
 @dataclass(frozen=True, slots=True)
 class Adoption:
@@ -52,6 +55,8 @@ class Vmm:
     executable: str
     fd: int
     """Its descriptor of the VM."""
+    memory_source: str
+    """One of MEMORY_SOURCES."""
 
     def to_message(self) -> dict[str, Any]:
         """Write it down."""
@@ -61,6 +66,7 @@ class Vmm:
             "uid": self.uid,
             "executable": self.executable,
             "fd": self.fd,
+            "memory_source": self.memory_source,
         }
 
     @classmethod
@@ -72,4 +78,5 @@ class Vmm:
             message.integer("uid", 0, UID_MAX),
             message.text("executable"),
             message.integer("fd", 0, FD_MAX),
+            message.choice("memory_source", MEMORY_SOURCES),
         )

@@ -43,7 +43,7 @@ HELLO = Hello(
     4711,
     1_700_000_000,
     (MemorySlot(0, GfnRange(0, 256), "vmm"), MemorySlot(1, GfnRange(512, 256), "vmm")),
-    vmm=Vmm(4712, 123_456, 64055, "/usr/bin/qemu-system-s390x", 13),
+    vmm=Vmm(4712, 123_456, 64055, "/usr/bin/qemu-system-s390x", 13, "probed"),
 )
 
 BEGUN = Begun("resumed", 512, 3, 0x89ABCDEF, True)
@@ -106,6 +106,7 @@ BAD: dict[str, dict[tuple[str | int, ...], list[Any]]] = {
         ("vmm", "uid"): [*NO_INTEGER, -1, 1 << 32],
         ("vmm", "executable"): [*NO_TEXT, LONG],
         ("vmm", "fd"): [*NO_INTEGER, -1, 1 << 31],
+        ("vmm", "memory_source"): [*NO_TEXT, "", "qmp ", "Probed", "probed\n"],
         ("slots",): [*NO_LIST, *([one] for one in NO_OBJECT)],
         ("slots", 1, "slot"): [*NO_INTEGER, -1, MAX_MEMORY_SLOTS],
         ("slots", 1, "start"): [*NO_INTEGER, -1, 1 << 64],
@@ -242,6 +243,7 @@ def test_only_an_adopted_vm_is_another_processs(kind: str) -> None:
             st.integers(0, adoption.UID_MAX),
             _texts,
             st.integers(0, adoption.FD_MAX),
+            st.sampled_from(adoption.MEMORY_SOURCES),
         ),
     ).map(lambda hello: hello if hello.kind == "adopted" else replace(hello, vmm=None))
 )
