@@ -18,9 +18,9 @@ from skeyd.worker.protocol import MAX_MEMORY, MAX_MEMORY_SLOTS, SLICE_KEYS, Slot
 
 MIB_FRAMES: Final = (1 << 20) // FRAME_SIZE
 GIB_FRAMES: Final = (1 << 30) // FRAME_SIZE
-NEAR: Final = 256
+NEAR: Final = 64
 """MiB behind a part of memory that are looked at one by one."""
-FAR: Final = 256
+FAR: Final = 64
 """And then so many multiples of 1 GiB."""
 HIGHEST: Final = 47
 """And then the powers of two. All of it below 2^47 bytes: from there on the kernel takes no slot (docs/kernel.md)."""

@@ -15,6 +15,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from skeyd.client.connection import Client
+from skeyd.client.errors import ClientError
 from skeyd.injection import memory
 from skeyd.injection.buffer import MARK
 from skeyd.injection.maps import mappings
@@ -150,18 +151,15 @@ def test_a_worker_that_is_told_to_end_in_the_middle_leaves_qemu_with_whole_keys(
 
 def test_memory_that_nobody_names_is_found_once_the_guest_uses_keys(daemon: DaemonProcess, qemu: Qemu) -> None:
     with Stubs(daemon.target) as stubs, daemon.connect() as client:
-        with pytest.raises(grpc.RpcError) as caught:
+        with pytest.raises(ClientError, match="VMM_MEMORY_UNKNOWN"):
             adopt(client, qemu, None)
-        found = refusal(caught.value)
-        assert (found.code, found.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "VMM_MEMORY_UNKNOWN")
         assert adopt(client, qemu).vmm.memory_source == vm_pb2.MEMORY_SOURCE_NAMED
         keys = some_keys(9, FRAMES)
         stubs.set(NAME, [(0, keys)])
         client.delete_vm(NAME)
 
-        with pytest.raises(grpc.RpcError) as caught:
+        with pytest.raises(ClientError, match="MEMORY_INVALID"):
             adopt(client, qemu, 65)
-        assert refusal(caught.value).reason == "MEMORY_INVALID"
         assert buffers_in(qemu.pid) == []
         vm = adopt(client, qemu, None)
         assert [(slot.start_gfn, slot.count) for slot in vm.memory_slots] == [(0, FRAMES)]

@@ -90,7 +90,7 @@ class Case:
         assert look_at(self.guest.worker_pid) is None
         self.outcome = "DEAD"
         told = self.world.set_skeys(self.world.plan(self.guest, allow_enable=True))
-        assert told.reason == "VM_DEAD"
+        assert told.reason == "VM_DEAD", told
         assert told.metadata.get("outcome", "UNCHANGED") == "UNCHANGED"
         self.world.delete(self.guest)
         self._judge_front()
@@ -164,7 +164,7 @@ class Case:
     def _judge_held(self) -> None:
         # 5: what they hold open is what they held.
         held = self.world.held_at_rest(self.guest)
-        assert held.worker == self._held.worker
+        assert held.worker == self._held.worker, f"it held {self._held.worker}, and now {held.worker}"
         assert held.front == self._held.front or self.world.front.pid != self._front_pid
 
     def _judge_front(self) -> None:

@@ -110,7 +110,7 @@ def test_what_is_larger_than_a_slot_may_be_is_two() -> None:
 @pytest.mark.parametrize(
     ("parts", "said"),
     [
-        ([(300 * GIB_FRAMES + 1, 5)], "no memory was found"),
+        ([(70 * GIB_FRAMES + 1, 5)], "no memory was found"),
         ([(number * 2 * MIB_FRAMES, MIB_FRAMES) for number in range(MAX_MEMORY_SLOTS + 1)], "more than 32 parts"),
     ],
 )

@@ -1,0 +1,109 @@
+"""QEMU outlives whatever becomes of the workers that serve its VM: adopted again and again, killed at any moment.
+
+SKEYD_ADOPTIONS and SKEYD_KILLS_ADOPTED say how often.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+import grpc
+import pytest
+
+from skeyd.v1 import vm_pb2
+from tests.adoption.test_qemu import KINDS, NAME, acc_and_f, adopt, buffers_in, some_keys
+from tests.daemon import DaemonProcess
+from tests.injection.qemu import FRAMES, Qemu, require_qemu
+from tests.injection.victims import SECONDS, differences, look_at_process, wait_for
+from tests.rpc.stubs import Stubs
+
+pytestmark = pytest.mark.timeout(7200)
+
+CYCLES: Final = int(os.environ.get("SKEYD_ADOPTIONS", "1000"))
+KILLS: Final = int(os.environ.get("SKEYD_KILLS_ADOPTED", "200"))
+SOME: Final = 512
+
+
+@pytest.fixture(params=["plain", "sandboxed"])
+def qemu(request: pytest.FixtureRequest, runtime_dir: Path) -> Iterator[Qemu]:
+    require_qemu()
+    qemu = Qemu(runtime_dir, *KINDS[request.param])
+    yield qemu
+    qemu.close()
+
+
+@pytest.fixture
+def daemon(runtime_dir: Path) -> Iterator[DaemonProcess]:
+    daemon = DaemonProcess(runtime_dir / "skeyd")
+    try:
+        daemon.start("--allow-adoption")
+        yield daemon
+    finally:
+        daemon.end_everything()
+
+
+def test_adopting_again_and_again_leaves_qemu_as_it_was(daemon: DaemonProcess, qemu: Qemu) -> None:
+    rng = random.Random(11)  # noqa: S311  no secret
+    keys = bytearray(some_keys(11, FRAMES))
+    with Stubs(daemon.target) as stubs, daemon.connect() as client:
+        adopt(client, qemu)
+        stubs.set(NAME, [(0, bytes(keys))])
+        client.delete_vm(NAME)
+        qemu.answers()
+        before = look_at_process(qemu.pid)
+        for cycle in range(CYCLES):
+            # Half of them find the memory themselves.
+            adopt(client, qemu, 64 if cycle % 2 else None)
+            start = rng.randrange(FRAMES - SOME)
+            keys[start : start + SOME] = some_keys(cycle, SOME)
+            stubs.set(NAME, [(start, bytes(keys[start : start + SOME]))])
+            assert acc_and_f(stubs.get(NAME, (start, SOME)).keys) == keys[start : start + SOME]
+            client.delete_vm(NAME)
+            qemu.answers()
+        assert differences(before, look_at_process(qemu.pid)) == {}
+        assert buffers_in(qemu.pid) == []
+        assert acc_and_f(qemu.dumped()) == keys
+
+
+def test_a_worker_that_is_killed_at_any_moment_leaves_qemu_answering(daemon: DaemonProcess, qemu: Qemu) -> None:
+    rng = random.Random(12)  # noqa: S311  no secret
+    old, new = some_keys(12, FRAMES), some_keys(13, FRAMES)
+    with Stubs(daemon.target) as stubs, daemon.connect() as client:
+        adopt(client, qemu)
+        began = time.monotonic()
+        stubs.set(NAME, [(0, old)])
+        whole = time.monotonic() - began
+        for kill in range(KILLS):
+            # QEMU's buffer, and what it was in the middle of, are the next worker's to find.
+            worker = client.get_vm(NAME).worker_pid
+            call = threading.Thread(target=_set, args=(stubs, new))
+            call.start()
+            call.join(rng.random() * whole * 1.1)
+            os.kill(worker, signal.SIGKILL)
+            call.join(SECONDS)
+            assert not call.is_alive()
+            qemu.answers()
+            wait_for(lambda: client.get_vm(NAME).state == vm_pb2.VM_STATE_DEAD)
+            client.delete_vm(NAME)
+            # Each frame has a key that somebody set; and the next worker has it its way.
+            adopt(client, qemu, 64 if kill % 2 else None)
+            found = acc_and_f(stubs.get(NAME).keys)
+            assert all(key in pair for key, pair in zip(found, zip(old, new, strict=True), strict=True))
+            stubs.set(NAME, [(0, old)])
+        client.delete_vm(NAME)
+        qemu.answers()
+        assert buffers_in(qemu.pid) == []
+        assert acc_and_f(qemu.dumped()) == old
+
+
+def _set(stubs: Stubs, keys: bytes) -> None:
+    with suppress(grpc.RpcError):
+        stubs.set(NAME, [(0, keys)])
