@@ -52,6 +52,7 @@ class Reason(enum.Enum):
     VMM_NOT_TRACEABLE = "The kernel doesn't let the worker trace the VMM."
     VMM_TRACED = "A debugger or another skeyd traces the VMM, and the kernel allows one at a time."
     VMM_SANDBOXED = "The VMM's sandbox refuses a system call; the message names it."
+    VMM_MEMORY_UNKNOWN = "Where the VM has memory can't be found out, of a guest without storage keys for one; name it."
     VMM_STUCK = "The VMM's thread did not stop in time, or the call that it made did not end in time."
     VMM_UNSUITABLE = "What the VMM is, or has done, keeps calls from being made in it; the message says what."
     # the host

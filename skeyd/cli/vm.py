@@ -30,6 +30,9 @@ _SIMULATED = {
 }
 _STATES = {number: name.removeprefix("VM_STATE_").lower() for name, number in vm_pb2.VmState.items() if number}
 _YES_OR_NO: dict[bool | None, str] = {True: "yes", False: "no"}
+_MEMORY_SOURCES = {
+    number: name.removeprefix("MEMORY_SOURCE_").lower() for name, number in vm_pb2.MemorySource.items() if number
+}
 _WRITE_OUTCOMES = {
     number: name.removeprefix("WRITE_OUTCOME_").lower() for name, number in vm_pb2.WriteOutcome.items() if number
 }
@@ -84,8 +87,8 @@ def create(
     "memories",
     metavar="SIZE[@ADDRESS]",
     multiple=True,
-    required=True,
-    help="A memory slot as the VMM made it: 4G, 1G@64G. Without an address it follows the one before.",
+    help="A memory slot as the VMM made it: 4G, 1G@64G. Without an address it follows the one before. Without "
+    "this option they are found, if the guest uses storage keys.",
 )
 @click.option("--max-hold-ms", type=click.IntRange(min=1), help="How long a call may hold the VMM's thread.")
 @json_option
@@ -305,6 +308,7 @@ def _vmm_json(vm: vm_pb2.Vm) -> dict[str, Any] | None:
         "executable": vm.vmm.executable or None,
         "vm_fd": vm.vmm.vm_fd,
         "name": vm.vmm.name or None,
+        "memory_source": _MEMORY_SOURCES.get(vm.vmm.memory_source),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Final, NoReturn, Self
@@ -28,6 +28,11 @@ from skeyd.storage_key import FRAME_SIZE
 
 HEAD: Final = 64
 """Bytes at the buffer's beginning for an ioctl's argument; keys lie behind them."""
+
+_SEVERAL: Final = 512
+"""Calls of one key at most that are prepared at once."""
+_SEVERAL_SECONDS: Final = 0.005
+"""How long a slice goes on making them."""
 
 _SANDBOX: Final = (errno.EPERM, errno.EACCES, errno.ENOSYS)
 """What none of the ioctls answers: it is seccomp's answer then, or another security module's."""
@@ -76,6 +81,26 @@ class ForeignVm:
             memory.write(HEAD, bytes(buffer))
         self._skeys(abi.KVM_S390_SET_SKEYS, start_gfn, buffer.nbytes)
 
+    def look_at_skeys(self, start_gfn: int, count: int) -> bool:
+        """As get_skeys, of `count` frames, for who wants to know only whether that can be done."""
+        return self._skeys(abi.KVM_S390_GET_SKEYS, start_gfn, count)
+
+    def first_of(self, gfns: Sequence[int]) -> int | None:
+        """Return the first of these frames that is in a memory slot, None where none is. KvmError; many calls a slice.
+
+        Of a guest that uses no storage keys that is always the very first (docs/kernel.md).
+        """
+        for begin in range(0, len(gfns), _SEVERAL):
+            some = gfns[begin : begin + _SEVERAL]
+            with self._memory() as memory:
+                # One argument after another; behind them a byte for any of the keys.
+                key = memory.address + HEAD + len(some) * abi.kvm_s390_skeys.size
+                memory.write(HEAD, b"".join(abi.kvm_s390_skeys.pack(gfn, 1, key, 0) for gfn in some))
+            index = self._first_taken(memory.address + HEAD, len(some))
+            if index is not None:
+                return some[index]
+        return None
+
     def keyop(self, operation: int, gfn: int, key: int = 0) -> int:
         """As skeyd.kvm.vm.Vm.keyop."""
         with self._memory() as memory:
@@ -115,19 +140,52 @@ class ForeignVm:
                 with self._slice() as injection:
                     return injection.ioctl(self._fd, request, argument)
             except RefusedError as error:
-                if error.errno == errno.EINTR:
-                    # As in skeyd.kvm.ioctl, but not for ever: where it took too long it is we who interrupted it.
-                    if time.monotonic() < end:
-                        continue
-                    pid = self._target.pid
-                    raise TimedOutError(
-                        pid, f"{abi.NAMES[request]} in process {pid} was interrupted each time"
-                    ) from error
-                if error.by_seccomp or error.errno in _SANDBOX:
-                    raise
-                if error.errno in (errno.EBADF, errno.ENOTTY):
-                    self._require_vm()
-                raise KvmError(abi.NAMES[request], error.errno) from error
+                self._refused(request, error, end)
+
+    def _refused(self, request: int, error: RefusedError, end: float) -> None:
+        # Returns where it is to be made again.
+        if error.errno == errno.EINTR:
+            # As in skeyd.kvm.ioctl, but not for ever: where it took too long it is we who interrupted it.
+            if time.monotonic() < end:
+                return
+            pid = self._target.pid
+            raise TimedOutError(pid, f"{abi.NAMES[request]} in process {pid} was interrupted each time") from error
+        if error.by_seccomp or error.errno in _SANDBOX:
+            raise error
+        if error.errno in (errno.EBADF, errno.ENOTTY):
+            self._require_vm()
+        raise KvmError(abi.NAMES[request], error.errno) from error
+
+    def _first_taken(self, address: int, count: int) -> int | None:
+        # Make GETs with one argument after another, until one succeeds.
+        request, index = abi.KVM_S390_GET_SKEYS, 0
+        end = time.monotonic() + self._seconds
+        while index < count:
+            try:
+                with self._slice() as injection:
+                    slice_end = time.monotonic() + _SEVERAL_SECONDS
+                    while True:
+                        if self._is_taken(injection, address + index * abi.kvm_s390_skeys.size):
+                            return index
+                        index += 1
+                        if index == count or time.monotonic() >= slice_end:
+                            break
+            except RefusedError as error:
+                self._refused(request, error, end)
+        return None
+
+    def _is_taken(self, injection: Injection, argument: int) -> bool:
+        try:
+            take_skeys(abi.KVM_S390_GET_SKEYS, injection.ioctl(self._fd, abi.KVM_S390_GET_SKEYS, argument))
+        except KvmError as error:
+            if error.errno != errno.EFAULT:
+                raise
+            return False
+        except RefusedError as error:
+            if error.by_seccomp or error.errno != errno.EFAULT:
+                raise
+            return False
+        return True
 
     @contextmanager
     def _slice(self) -> Iterator[Injection]:

@@ -61,6 +61,10 @@ _OUTCOMES = {
     "dirty": vm_pb2.WRITE_OUTCOME_DIRTY,
     "kept": vm_pb2.WRITE_OUTCOME_KEPT,
 }
+_MEMORY_SOURCES = {
+    "named": vm_pb2.MEMORY_SOURCE_NAMED,
+    "probed": vm_pb2.MEMORY_SOURCE_PROBED,
+}
 _ANSWERS = {
     None: host_service_pb2.ANSWER_UNSPECIFIED,
     True: host_service_pb2.ANSWER_YES,
@@ -121,7 +125,8 @@ def adoption_spec_of(request: vm_service_pb2.AdoptVmRequest) -> Spec:
         if slot.backing or slot.file:
             raise SkeydError(Reason.REQUEST_INVALID, f"memory slot {number}: the memory is the VMM's; no backing")
     slots = tuple(SlotSpec(slot.guest_phys_addr, slot.memory_size, "vmm") for slot in request.memory_slots)
-    check_slots(slots)
+    if slots:
+        check_slots(slots)
     hold_ms = DEFAULT_HOLD_MS
     if request.HasField("max_hold_time"):
         wanted = request.max_hold_time
@@ -269,6 +274,7 @@ def vm_message(vm: Vm) -> vm_pb2.Vm:
         message.vmm.pid, message.vmm.start_time = vm.vmm.pid, vm.vmm.start_time
         message.vmm.uid, message.vmm.executable, message.vmm.vm_fd = vm.vmm.uid, vm.vmm.executable, vm.vmm.fd
         message.vmm.name = vm.vmm.name
+        message.vmm.memory_source = _MEMORY_SOURCES[vm.vmm.memory_source]
     if vm.last_write is not None:
         message.last_write.CopyFrom(_last_write_message(vm.last_write))
     return message

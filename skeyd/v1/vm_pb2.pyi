@@ -148,6 +148,34 @@ VM_STATE_DEAD: VmState.ValueType  # 4
 """Its worker is gone and the VM with it, or the kernel has declared the VM dead. Delete it to free the name."""
 global___VmState = VmState
 
+class _MemorySource:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _MemorySourceEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_MemorySource.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    MEMORY_SOURCE_UNSPECIFIED: _MemorySource.ValueType  # 0
+    """Not known."""
+    MEMORY_SOURCE_NAMED: _MemorySource.ValueType  # 1
+    """AdoptVm named them."""
+    MEMORY_SOURCE_PROBED: _MemorySource.ValueType  # 2
+    """GET was asked of one part of the address space after another. Every frame of theirs was there then. Others may be,
+    where nobody looked (docs/operating.md).
+    """
+
+class MemorySource(_MemorySource, metaclass=_MemorySourceEnumTypeWrapper):
+    """How it is known which memory slots an adopted VM has."""
+
+MEMORY_SOURCE_UNSPECIFIED: MemorySource.ValueType  # 0
+"""Not known."""
+MEMORY_SOURCE_NAMED: MemorySource.ValueType  # 1
+"""AdoptVm named them."""
+MEMORY_SOURCE_PROBED: MemorySource.ValueType  # 2
+"""GET was asked of one part of the address space after another. Every frame of theirs was there then. Others may be,
+where nobody looked (docs/operating.md).
+"""
+global___MemorySource = MemorySource
+
 class _WriteOutcome:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -330,6 +358,7 @@ class Vmm(google.protobuf.message.Message):
     EXECUTABLE_FIELD_NUMBER: builtins.int
     VM_FD_FIELD_NUMBER: builtins.int
     NAME_FIELD_NUMBER: builtins.int
+    MEMORY_SOURCE_FIELD_NUMBER: builtins.int
     pid: builtins.int
     """Process id."""
     start_time: builtins.int
@@ -344,6 +373,8 @@ class Vmm(google.protobuf.message.Message):
     """What it called its guest on its command line when it was adopted (QEMU's -name, libvirt's domain name). Empty where
     that has none, or none that can be shown. It is the process's own word.
     """
+    memory_source: global___MemorySource.ValueType
+    """How it is known which memory slots the VM has."""
     def __init__(
         self,
         *,
@@ -353,8 +384,9 @@ class Vmm(google.protobuf.message.Message):
         executable: builtins.str = ...,
         vm_fd: builtins.int = ...,
         name: builtins.str = ...,
+        memory_source: global___MemorySource.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["executable", b"executable", "name", b"name", "pid", b"pid", "start_time", b"start_time", "uid", b"uid", "vm_fd", b"vm_fd"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["executable", b"executable", "memory_source", b"memory_source", "name", b"name", "pid", b"pid", "start_time", b"start_time", "uid", b"uid", "vm_fd", b"vm_fd"]) -> None: ...
 
 global___Vmm = Vmm
 

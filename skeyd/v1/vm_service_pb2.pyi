@@ -128,7 +128,9 @@ class AdoptVmRequest(google.protobuf.message.Message):
     """
     @property
     def memory_slots(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___MemorySlotSpec]:
-        """At least one slot and at most 32, as the VMM has given them to the kernel; without backing or file."""
+        """At most 32 slots, as the VMM has given them to the kernel, without backing or file. None: they are found by asking
+        for keys (docs/operating.md says where), if the guest uses some.
+        """
 
     @property
     def max_hold_time(self) -> google.protobuf.duration_pb2.Duration:

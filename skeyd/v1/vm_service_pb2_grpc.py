@@ -81,6 +81,7 @@ class VmServiceServicer(object):
         NOT_FOUND VMM_NOT_FOUND: there is no such process, or it has no VM, or not that one, or several and none was named;
         or several processes have the name, which the message lists.
         FAILED_PRECONDITION VMM_NOT_TRACEABLE, VMM_SANDBOXED, VMM_UNSUITABLE. UNAVAILABLE VMM_TRACED, VMM_STUCK.
+        FAILED_PRECONDITION VMM_MEMORY_UNKNOWN: no memory slots were named, and they can't be found.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -52,6 +52,7 @@ class VmServiceStub:
     NOT_FOUND VMM_NOT_FOUND: there is no such process, or it has no VM, or not that one, or several and none was named;
     or several processes have the name, which the message lists.
     FAILED_PRECONDITION VMM_NOT_TRACEABLE, VMM_SANDBOXED, VMM_UNSUITABLE. UNAVAILABLE VMM_TRACED, VMM_STUCK.
+    FAILED_PRECONDITION VMM_MEMORY_UNKNOWN: no memory slots were named, and they can't be found.
     """
 
     ListVmCandidates: grpc.UnaryUnaryMultiCallable[
@@ -120,6 +121,7 @@ class VmServiceAsyncStub:
     NOT_FOUND VMM_NOT_FOUND: there is no such process, or it has no VM, or not that one, or several and none was named;
     or several processes have the name, which the message lists.
     FAILED_PRECONDITION VMM_NOT_TRACEABLE, VMM_SANDBOXED, VMM_UNSUITABLE. UNAVAILABLE VMM_TRACED, VMM_STUCK.
+    FAILED_PRECONDITION VMM_MEMORY_UNKNOWN: no memory slots were named, and they can't be found.
     """
 
     ListVmCandidates: grpc.aio.UnaryUnaryMultiCallable[
@@ -192,6 +194,7 @@ class VmServiceServicer(metaclass=abc.ABCMeta):
         NOT_FOUND VMM_NOT_FOUND: there is no such process, or it has no VM, or not that one, or several and none was named;
         or several processes have the name, which the message lists.
         FAILED_PRECONDITION VMM_NOT_TRACEABLE, VMM_SANDBOXED, VMM_UNSUITABLE. UNAVAILABLE VMM_TRACED, VMM_STUCK.
+        FAILED_PRECONDITION VMM_MEMORY_UNKNOWN: no memory slots were named, and they can't be found.
         """
 
     @abc.abstractmethod

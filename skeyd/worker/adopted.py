@@ -12,7 +12,7 @@ from skeyd.injection.errors import GoneError, InjectionError, NotAllowedError
 from skeyd.injection.target import Target
 from skeyd.injection.vm import ForeignVm
 from skeyd.kvm import abi
-from skeyd.worker import refusals, vmm_refusals
+from skeyd.worker import refusals, vmm_memory, vmm_refusals
 from skeyd.worker.adoption import Adoption, Vmm
 from skeyd.worker.packets import printable
 from skeyd.worker.protocol import SLICE_KEYS, Spec
@@ -32,7 +32,6 @@ class AdoptedVm:
         if spec.adoption is None:
             raise SkeydError(Reason.WORKER_FAILED, "an adopted VM's spec says of no process whose it is")
         self.kernel = os.uname().release
-        self.memory_map: MemoryMap = memory_map(spec.slots, "vmm")
         who: dict[str, str] = {}
         try:
             with ExitStack() as undo, _told():
@@ -40,9 +39,11 @@ class AdoptedVm:
                 who = _who(target, name)
                 fd = spec.adoption.fd if spec.adoption.fd >= 0 else _only_vm(target)
                 self._vm = undo.enter_context(ForeignVm(target, fd, SLICE_KEYS, spec.adoption.hold_ms / 1000))
-                self.vmm = Vmm(target.pid, target.start_time, target.uid, printable(target.executable), fd, name)
                 if not self._vm.check_extension(abi.KVM_CAP_S390_SKEYS):
                     raise refusals.no_capability()
+                self.memory_map: MemoryMap = memory_map(vmm_memory.slots(self._vm, spec.slots), "vmm")
+                executable, source = printable(target.executable), "named" if spec.slots else "probed"
+                self.vmm = Vmm(target.pid, target.start_time, target.uid, executable, fd, source, name)
                 self.has_keyop = bool(self._vm.check_extension(abi.KVM_CAP_S390_KEYOP))
                 self._target = target
                 self._resources = undo.pop_all()

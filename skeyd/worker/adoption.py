@@ -14,6 +14,9 @@ FD_MAX: Final = (1 << 31) - 1
 UID_MAX: Final = (1 << 32) - 1
 HOLD_MAX_MS: Final = 10_000
 
+MEMORY_SOURCES: Final = ("named", "probed")
+"""Who says which memory slots the VM has: the caller, or the VM itself, by its answers to GET."""
+
 
 @dataclass(frozen=True, slots=True)
 class Adoption:
@@ -64,6 +67,8 @@ class Vmm:
     executable: str
     fd: int
     """Its descriptor of the VM."""
+    memory_source: str
+    """One of MEMORY_SOURCES."""
     name: str = ""
     """What it called its guest when it was adopted (skeyd.worker.vmm_name); "": nothing."""
 
@@ -76,6 +81,7 @@ class Vmm:
             "executable": self.executable,
             "fd": self.fd,
             "name": self.name,
+            "memory_source": self.memory_source,
         }
 
     @classmethod
@@ -87,6 +93,7 @@ class Vmm:
             message.integer("uid", 0, UID_MAX),
             message.text("executable"),
             message.integer("fd", 0, FD_MAX),
+            message.choice("memory_source", MEMORY_SOURCES),
             _name(message),
         )
 

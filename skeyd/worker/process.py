@@ -37,7 +37,7 @@ def serve_vm(directory_fd: int) -> int:
     """
     with ExitStack() as resources:
         try:
-            service, ends = _prepare(directory_fd, resources)
+            service, wake, ends = _prepare(directory_fd, resources)
         except SkeydError as error:
             _say(error_message(error))
             return 1
@@ -50,7 +50,7 @@ def serve_vm(directory_fd: int) -> int:
             _say(error_message(SkeydError(Reason.WORKER_FAILED, f"the worker failed to start: {error!r}")))
             return 1
         _say({"ok": {}})
-        service.run(ends)
+        service.run(wake, ends)
     return 0
 
 
@@ -80,7 +80,7 @@ def report_candidates() -> int:
     return 0
 
 
-def _prepare(directory_fd: int, resources: ExitStack) -> tuple[Service, list[HasFileno]]:
+def _prepare(directory_fd: int, resources: ExitStack) -> tuple[Service, HasFileno, list[HasFileno]]:
     try:
         spec = Spec.from_message(decode(sys.stdin.buffer.read(MESSAGE_MAX + 1), "the spec"))
     except ProtocolError as error:
@@ -111,7 +111,7 @@ def _prepare(directory_fd: int, resources: ExitStack) -> tuple[Service, list[Has
     listener = resources.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
     listener.bind(address_in(directory_fd, SOCKET))
     listener.listen(_BACKLOG)
-    return Service(listener, hello, backend, partial(open_unnamed, directory_fd), release), [wake, *ends]
+    return Service(listener, hello, backend, partial(open_unnamed, directory_fd), release), wake, ends
 
 
 def _backend(spec: Spec) -> tuple[Backend, list[HasFileno], Callable[[], None] | None, Vmm | None]:

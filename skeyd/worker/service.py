@@ -7,6 +7,7 @@ import os
 import selectors
 import socket
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Final, Protocol
 
 from skeyd.errors import Reason, SkeydError
@@ -49,8 +50,9 @@ class Service:
     """Serves one VM's keys on a listening socket until it is told to end, by a shutdown request or by `stop`.
 
     A connection that breaks the protocol is closed; the others and the VM go on. With `release` the VM
-    outlives this process: it is called before a shutdown request is obeyed, what it raises is the answer, and all goes
-    on; VM_BUSY while a call runs or is rolled back.
+    outlives this process, with the keys that it has then: so a shutdown request is refused with VM_BUSY while a call
+    runs or is rolled back; it is called before one is obeyed, what it raises is the answer, and all goes on. And `stop`
+    has what runs rolled back before `run` returns.
     """
 
     def __init__(
@@ -70,13 +72,15 @@ class Service:
         self._connections: set[_Connection] = set()
         self._selector = selectors.DefaultSelector()
         self._running = True
+        self._stopping = False
 
-    def run(self, ends: Iterable[HasFileno]) -> None:
-        """Serve until one of `ends` is readable: a signal has come, or the VM's owner is gone."""
+    def run(self, stop: HasFileno, ends: Iterable[HasFileno] = ()) -> None:
+        """Serve until `stop` is readable, a signal has come, or one of `ends`: the VM's owner is gone."""
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ, None)
+        self._selector.register(stop, selectors.EVENT_READ, partial(self._stop, stop))
         for end in ends:
-            self._selector.register(end, selectors.EVENT_READ, end)
+            self._selector.register(end, selectors.EVENT_READ, self._end)
         try:
             while self._running:
                 # Rolling back goes on between requests, so that nobody who reads waits for more than a slice of it.
@@ -86,12 +90,27 @@ class Service:
                     elif isinstance(key.data, _Connection):
                         self._serve(key.data)
                     else:
-                        self._running = False
+                        key.data()
                 self._roll_back()
+                if self._stopping and not self._transactions.rolling_back:
+                    self._running = False
         finally:
             for connection in list(self._connections):
                 self._drop(connection)
             self._selector.close()
+
+    def _end(self) -> None:
+        self._running = False
+
+    def _stop(self, stop: HasFileno) -> None:
+        self._selector.unregister(stop)
+        self._stopping = True
+        if self._release is None:
+            # The VM ends with this process, and its keys with it.
+            self._running = False
+        else:
+            # As long as it takes; meanwhile all is answered but what would set keys.
+            self._transactions.stop()
 
     def _accept(self) -> None:
         try:

@@ -100,14 +100,22 @@ class Transactions:
         """What became of the last call that set a key and has ended."""
         self._last_owner: object | None = None
         """Whose that was, unless he has begun another."""
+        self._stopped = False
 
     @property
     def rolling_back(self) -> bool:
         """Whether `step` has something to do."""
         return self._open is not None and self._open.owner is None
 
+    def stop(self) -> None:
+        """Let no key be set any more but those that roll back, of the call that runs too. It is abandoned."""
+        self._stopped = True
+        if self._open is not None and self._open.owner is not None:
+            self.abandon(self._open.owner)
+
     def require_idle(self) -> None:
-        """VM_BUSY where a call runs, or is being rolled back: nobody else may set a key then."""
+        """VM_BUSY where a call runs, or is rolled back: nobody else may set a key then. WORKER_LOST after `stop`."""
+        self._require_not_stopped()
         if self._open is not None:
             what = "is being rolled back" if self.rolling_back else "runs"
             raise SkeydError(Reason.VM_BUSY, f"a SetSkeys {what} on this VM")
@@ -258,7 +266,12 @@ class Transactions:
             return self.outcome() if self.rolling_back else None
         return self.last_write if self._last_owner is owner else None
 
+    def _require_not_stopped(self) -> None:
+        if self._stopped:
+            raise SkeydError(Reason.WORKER_LOST, "the VM's worker was told to end, and sets no key any more")
+
     def _mine(self, owner: object) -> _Open:
+        self._require_not_stopped()
         if self._open is None or self._open.owner is not owner:
             raise SkeydError(Reason.WORKER_FAILED, "this connection has no SetSkeys to go on with")
         return self._open

@@ -38,11 +38,12 @@ hello = Hello(spec.vm_id, spec.uid, os.urandom(16).hex(), "adopted", "7.2", "0",
 def release():
     if sys.argv[3]:
         raise SkeydError(Reason[sys.argv[3]], "not now")
+stop, _never = socket.socketpair()
 with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
     listener.bind(address_in(directory, SOCKET))
     listener.listen(64)
     print("ready", flush=True)
-    Service(listener, hello, vm, partial(open_unnamed, directory), release).run([])
+    Service(listener, hello, vm, partial(open_unnamed, directory), release).run(stop)
 """
 
 

@@ -85,7 +85,6 @@ def test_nobody_adopts_anything_unless_the_daemon_was_started_so(shared_daemon: 
         ({"pid": -1}, "REQUEST_INVALID"),
         ({"pid": (1 << 31) + 1}, "REQUEST_INVALID"),
         ({"vm_fd": 1 << 31}, "REQUEST_INVALID"),
-        ({"memory_slots": []}, "MEMORY_INVALID"),
         ({"memory_slots": [vm_service_pb2.MemorySlotSpec(memory_size=4096)]}, "MEMORY_INVALID"),
         (
             {"memory_slots": [vm_service_pb2.MemorySlotSpec(memory_size=MIB, backing=vm_pb2.MEMORY_BACKING_MEMFD)]},

@@ -33,7 +33,7 @@ from tests.daemon import DaemonProcess
 from tests.injection.victims import Victim
 from tests.rpc.stubs import MIB, Stubs, chunk, commit, header, refusal
 
-VMM: Final = Vmm(4711, 123_456, 64055, "/usr/bin/qemu-system-s390x", 13, "web, 1")
+VMM: Final = Vmm(4711, 123_456, 64055, "/usr/bin/qemu-system-s390x", 13, "named", "web, 1")
 WHO: Final[dict[str, Any]] = {
     "vmm_pid": 4711,
     "vmm_start_time": 123_456,

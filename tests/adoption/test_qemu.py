@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from skeyd.worker.adoption import HOLD_MAX_MS
 from tests.daemon import DaemonProcess
 from tests.injection.qemu import FRAMES, PROGRAM, SANDBOX, Qemu, require_qemu
 from tests.injection.victims import differences, look_at_process, wait_for
-from tests.rpc.stubs import Stubs, chunk, commit, header, refusal
+from tests.rpc.stubs import SetStream, Stubs, chunk, commit, header, refusal
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -65,10 +66,12 @@ def acc_and_f(keys: bytes) -> bytes:
     return bytes(key & 0xF8 for key in keys)
 
 
-def adopt(client: Client, qemu: Qemu, memory_mib: int = 64) -> vm_pb2.Vm:
-    slot = vm_service_pb2.MemorySlotSpec(guest_phys_addr=0, memory_size=memory_mib * MIB)
+def adopt(client: Client, qemu: Qemu, memory_mib: int | None = 64) -> vm_pb2.Vm:
+    slots = []
+    if memory_mib is not None:
+        slots = [vm_service_pb2.MemorySlotSpec(guest_phys_addr=0, memory_size=memory_mib * MIB)]
     return client.adopt_vm(
-        vm_service_pb2.AdoptVmRequest(vm_id="guest", pid=qemu.pid, memory_slots=[slot], max_hold_time=LONG)
+        vm_service_pb2.AdoptVmRequest(vm_id="guest", pid=qemu.pid, memory_slots=slots, max_hold_time=LONG)
     )
 
 
@@ -123,6 +126,47 @@ def test_what_is_not_committed_is_rolled_back_in_qemu_too(daemon: DaemonProcess,
         assert error is not None
         assert (error.reason, error.metadata["outcome"]) == ("KEY_RESERVED_BIT", "ROLLED_BACK")
         assert acc_and_f(qemu.dumped()) == keys
+        client.delete_vm(NAME)
+    qemu.answers()
+
+
+def test_a_worker_that_is_told_to_end_in_the_middle_leaves_qemu_with_whole_keys(
+    daemon: DaemonProcess, qemu: Qemu
+) -> None:
+    keys = some_keys(8, FRAMES)
+    with Stubs(daemon.target) as stubs, daemon.connect() as client:
+        vm = adopt(client, qemu)
+        stubs.set(NAME, [(0, keys)])
+        with SetStream(stubs) as stream:
+            stream.begin(NAME, (0, FRAMES))
+            assert stream.ask(chunk(0, b"\x70" * 8192)).WhichOneof("part") == "progress"
+            os.kill(vm.worker_pid, signal.SIGTERM)
+            wait_for(lambda: client.get_vm(NAME).state == vm_pb2.VM_STATE_DEAD)
+        assert acc_and_f(qemu.dumped()) == keys
+        assert buffers_in(qemu.pid) == []
+        client.delete_vm(NAME)
+    qemu.answers()
+
+
+def test_memory_that_nobody_names_is_found_once_the_guest_uses_keys(daemon: DaemonProcess, qemu: Qemu) -> None:
+    with Stubs(daemon.target) as stubs, daemon.connect() as client:
+        with pytest.raises(grpc.RpcError) as caught:
+            adopt(client, qemu, None)
+        found = refusal(caught.value)
+        assert (found.code, found.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "VMM_MEMORY_UNKNOWN")
+        assert adopt(client, qemu).vmm.memory_source == vm_pb2.MEMORY_SOURCE_NAMED
+        keys = some_keys(9, FRAMES)
+        stubs.set(NAME, [(0, keys)])
+        client.delete_vm(NAME)
+
+        with pytest.raises(grpc.RpcError) as caught:
+            adopt(client, qemu, 65)
+        assert refusal(caught.value).reason == "MEMORY_INVALID"
+        assert buffers_in(qemu.pid) == []
+        vm = adopt(client, qemu, None)
+        assert [(slot.start_gfn, slot.count) for slot in vm.memory_slots] == [(0, FRAMES)]
+        assert vm.vmm.memory_source == vm_pb2.MEMORY_SOURCE_PROBED
+        assert acc_and_f(stubs.get(NAME).keys) == keys
         client.delete_vm(NAME)
     qemu.answers()
 

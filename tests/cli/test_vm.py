@@ -224,6 +224,7 @@ def test_a_vm_of_another_process_is_asked_for_as_the_options_say(runtime_dir: Pa
             "executable": None,
             "vm_fd": 0,
             "name": None,
+            "memory_source": None,
         }
         named = ["vm", "adopt", "c", "--name=web,1", "--memory=1G"]
         assert "adopted from pid 0 (web,1), unknown" in skeyctl(daemon.target, *named).out
@@ -242,10 +243,9 @@ def test_a_vm_of_another_process_is_asked_for_as_the_options_say(runtime_dir: Pa
 @pytest.mark.parametrize(
     "options",
     [
+        [],
         ["--memory=1G"],
-        ["--pid=1"],
-        ["--name=web"],
-        ["--pid=1", "--name=web", "--memory=1G"],
+        ["--name=web", "--pid=1"],
         ["--pid=1", "--name=", "--memory=1G"],
         ["--name=\udcff", "--memory=1G"],
         ["--pid=0", "--memory=1G"],

@@ -26,7 +26,7 @@ from skeyd.worker.protocol import MAX_MEMORY, MAX_MEMORY_SLOTS, Hello, SlotSpec,
 from tests.examples import examples
 from tests.worker.specs import UID
 
-VMM = Vmm(4712, 123_456, 64055, "/usr/bin/qemu-system-s390x", 13, "web")
+VMM = Vmm(4712, 123_456, 64055, "/usr/bin/qemu-system-s390x", 13, "probed", "web")
 SPEC = Spec(
     "web-1",
     UID,
@@ -90,6 +90,7 @@ BAD_VMM: dict[tuple[str | int, ...], list[Any]] = {
     ("vmm", "uid"): [*NO_INTEGER, -1, 1 << 32],
     ("vmm", "executable"): [*NO_TEXT, LONG],
     ("vmm", "fd"): [*NO_INTEGER, -1, 1 << 31],
+    ("vmm", "memory_source"): [*NO_TEXT, "", "qmp ", "Probed", "probed\n"],
     ("vmm", "name"): BAD_NAME,
 }
 
@@ -227,6 +228,7 @@ _vmms = st.builds(
     st.integers(0, adoption.UID_MAX),
     _texts,
     st.integers(0, adoption.FD_MAX),
+    st.sampled_from(adoption.MEMORY_SOURCES),
     _texts,
 )
 _frames = st.integers(0, (1 << 64) - 1).flatmap(

@@ -47,7 +47,8 @@ def _serving(
     backend: Backend,
     open_journal: Callable[[], int] | None = None,
     release: Callable[[], None] | None = None,
-) -> Iterator[None]:
+) -> Iterator[Callable[[], None]]:
+    # Gives what tells it to stop.
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     wake, sender = socket.socketpair()
     with listener, wake, sender:
@@ -55,12 +56,12 @@ def _serving(
         listener.listen()
         hello = Hello("web", UID, "0" * 32, "owned", "6.1", "0", os.getpid(), 0, backend.memory_map.slots)
         service = Service(listener, hello, backend, open_journal or partial(_open_journal, directory), release)
-        thread = threading.Thread(target=service.run, args=([wake],))
+        thread = threading.Thread(target=service.run, args=(wake,))
         thread.start()
         try:
-            yield
+            yield lambda: sender.sendall(b"x")
         finally:
-            sender.send(b"x")
+            sender.sendall(b"x")
             thread.join(SECONDS)
             assert not thread.is_alive()
     backend.close()
@@ -316,6 +317,39 @@ def test_a_vm_that_outlives_its_worker_is_let_go_with_whole_keys_only(runtime_di
         assert _settled(other) == "rolled_back"
         other.ok(op="shutdown", uid=UID)
         assert released.is_set()
+
+
+@pytest.mark.parametrize("rolling", [False, True], ids=["runs", "rolls back"])
+def test_a_vm_that_outlives_its_worker_has_whole_keys_when_that_is_told_to_end(
+    runtime_dir: Path, rolling: bool
+) -> None:
+    backend = Gated()
+    with _serving(runtime_dir, backend, release=lambda: None) as stop, _met(runtime_dir) as other:
+        with _attached(runtime_dir) as (front, buffers):
+            front.ok(**BEGIN)
+            for start in (0, 4):
+                assert "ok" in _set(front, buffers, start, b"\xf8" * 4)
+            backend.gated = True
+            if rolling:
+                front.close()
+                assert backend.reached.acquire(timeout=SECONDS)
+            stop()
+            if not rolling:
+                # The first slice that is rolled back waits; all this is asked while it does.
+                assert backend.reached.acquire(timeout=SECONDS)
+                front.say(op="set", buffer=0, offset=0, start=0, count=4, allow_enable=True)
+            other.say(op="keyop", operation="sske", gfn=0, key=0x20)
+            backend.gate.release(1)
+            for one in (other,) if rolling else (other, front):
+                answer = one.take()
+                assert answer is not None
+                assert answer["error"]["reason"] == "WORKER_LOST"
+            assert not hung_up(other.socket, 0)
+            backend.gate.release(9)
+        assert hung_up(other.socket)
+        keys = bytearray(8)
+        assert backend.get_skeys(0, memoryview(keys))
+        assert not any(keys)
 
 
 def test_a_vm_that_cant_be_let_go_is_served_on(runtime_dir: Path) -> None:
