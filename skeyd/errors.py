@@ -67,7 +67,8 @@ class Reason(enum.Enum):
     TOO_MANY_VMS = "The host has as many VMs as the daemon allows."
     TOO_MANY_STREAMS = "As many streams run as the daemon allows."
     TOO_MANY_CALLS = (
-        "As many short calls or health checks run or wait as the daemon allows, or as many ListVms or GetHost."
+        "As many short calls or health checks run or wait as the daemon allows, or as many ListVms, ListVmCandidates "
+        "or GetHost."
     )
     TOO_MANY_CALLS_ON_VM = "As many calls on this VM run, or wait for it, as one VM may have; those on others go on."
 

@@ -66,7 +66,8 @@ CHECK_THREADS: Final = 32
 """Threads for health checks, which take no time; but one whose request doesn't come holds a thread until it is cut."""
 
 MAX_LISTS: Final = 4
-"""Most ListVms at once; one more is refused. Each asks up to 32 workers at a time, and each of those holds a thread."""
+"""Most ListVms and ListVmCandidates at once; one more is refused. Each asks up to 32 workers at a time, and each of
+those holds a thread."""
 
 CALL_THREADS: Final = MAX_SHORT_CALLS + SPARE_THREADS
 """Threads for all calls that are neither streams nor health checks."""

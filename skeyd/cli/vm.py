@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from skeyd.cli.candidates import candidates
 from skeyd.cli.interrupts import connect
 from skeyd.cli.options import json_option, require_utf8, show_json, show_table, size_of, vm_name
 from skeyd.gfn import GfnRange
@@ -42,6 +43,9 @@ def vm() -> None:
     """Create, adopt, list, show and delete VMs."""
 
 
+vm.add_command(candidates)
+
+
 @vm.command()
 @click.argument("vm_id", metavar="ID")
 @click.option("--kind", type=click.Choice(list(_KINDS)), required=True, help="owned needs a KVM host on IBM Z.")
@@ -75,7 +79,8 @@ def create(
 
 @vm.command()
 @click.argument("vm_id", metavar="ID")
-@click.option("--pid", type=click.IntRange(min=1), required=True, help="The process that owns the VM, a QEMU's.")
+@click.option("--pid", type=click.IntRange(min=1), help="The process that owns the VM, a QEMU's.")
+@click.option("--name", help="The same by its libvirt domain's name, or what QEMU's -name says.")
 @click.option("--fd", type=click.IntRange(min=0), help="Its descriptor of the VM, where it has several.")
 @click.option(
     "--memory",
@@ -91,15 +96,22 @@ def create(
 def adopt(
     target: str,
     vm_id: str,
-    pid: int,
+    pid: int | None,
+    name: str | None,
     fd: int | None,
     memories: tuple[str, ...],
     max_hold_ms: int | None,
     as_json: bool,
 ) -> None:
     """Adopt a VM of another process, named ID: a thread of that process makes the calls."""
+    if (pid is None) == (name is None):
+        raise click.UsageError("say whose VM it is: either --pid or --name")
     request = vm_service_pb2.AdoptVmRequest(
-        vm_id=require_utf8(vm_id), pid=pid, vm_fd=fd, memory_slots=_slots(memories, with_backing=False)
+        vm_id=require_utf8(vm_id),
+        pid=pid or 0,
+        name=require_utf8(name or ""),
+        vm_fd=fd,
+        memory_slots=_slots(memories, with_backing=False),
     )
     if max_hold_ms is not None:
         request.max_hold_time.FromMilliseconds(max_hold_ms)
@@ -282,7 +294,8 @@ def _size(size: int) -> str:
 def _vmm(vm: vm_pb2.Vm) -> str:
     if not vm.HasField("vmm"):
         return ""
-    return f"pid {vm.vmm.pid}, {vm.vmm.executable or 'unknown'}, uid {vm.vmm.uid}, VM descriptor {vm.vmm.vm_fd}"
+    named = f" ({vm.vmm.name})" if vm.vmm.name else ""
+    return f"pid {vm.vmm.pid}{named}, {vm.vmm.executable or 'unknown'}, uid {vm.vmm.uid}, VM descriptor {vm.vmm.vm_fd}"
 
 
 def _vmm_json(vm: vm_pb2.Vm) -> dict[str, Any] | None:
@@ -294,6 +307,7 @@ def _vmm_json(vm: vm_pb2.Vm) -> dict[str, Any] | None:
         "uid": vm.vmm.uid,
         "executable": vm.vmm.executable or None,
         "vm_fd": vm.vmm.vm_fd,
+        "name": vm.vmm.name or None,
         "memory_source": _MEMORY_SOURCES.get(vm.vmm.memory_source),
     }
 

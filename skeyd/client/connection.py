@@ -92,6 +92,11 @@ class Client:
         with translated():
             return self._vms.AdoptVm(request, timeout=UNARY_SECONDS).vm
 
+    def list_vm_candidates(self) -> vm_service_pb2.ListVmCandidatesResponse:
+        """Look for processes whose VMs can be adopted."""
+        with translated():
+            return self._vms.ListVmCandidates(vm_service_pb2.ListVmCandidatesRequest(), timeout=UNARY_SECONDS)
+
     def get_vm(self, name: str) -> vm_pb2.Vm:
         """Look at a VM, "vms/{vm}"."""
         with translated():

@@ -15,7 +15,7 @@ from skeyd.injection.errors import AlreadyTracedError, GoneError, UnsupportedErr
 from skeyd.injection.machine import Machine, this_machine
 
 VM_LINK: Final = "anon_inode:kvm-vm"
-_VCPU_LINK: Final = "anon_inode:kvm-vcpu"
+VCPU_LINK: Final = "anon_inode:kvm-vcpu"
 _KVM_RUN: Final = 0xAE80
 """_IO(KVMIO, 0x80): what a vCPU thread is in while its guest runs."""
 _VCPU_NAME: Final = re.compile(r"CPU \d+/KVM")
@@ -138,7 +138,7 @@ class Target:
             call = proc.system_call(self.pid, tid)
             if call is None or call[0] != self.machine.IOCTL or call[2] != _KVM_RUN:
                 return False
-            return os.readlink(f"/proc/{self.pid}/fd/{call[1]}").startswith(_VCPU_LINK)
+            return os.readlink(f"/proc/{self.pid}/fd/{call[1]}").startswith(VCPU_LINK)
         except OSError:
             return False
 

@@ -182,10 +182,15 @@ def _refused(pid: int, tid: int, error: OSError) -> NoReturn:
     tracer = int(status.get("TracerPid", "0"))
     if tracer:
         raise AlreadyTracedError(tid, tracer) from error
-    raise NotAllowedError(tid, f"the kernel does not allow tracing process {pid}: {_why_not_allowed()}") from error
+    raise NotAllowedError(tid, why_not_allowed(pid)) from error
 
 
-def _why_not_allowed() -> str:
+def why_not_allowed(pid: int) -> str:
+    """Say why the kernel lets this process not trace another, as far as it can be known."""
+    return f"the kernel does not allow tracing process {pid}: {_why()}"
+
+
+def _why() -> str:
     reason = "that takes CAP_SYS_PTRACE, or the same user and a process that may be dumped"
     try:
         with open(YAMA, encoding="ascii") as file:

@@ -21,6 +21,7 @@ from skeyd.worker.outcomes import LastWrite
 from skeyd.worker.packets import Fields
 from skeyd.worker.protocol import VM_ID, SlotSpec, Spec
 from skeyd.worker.slots import check_slots
+from skeyd.worker.vmm_name import NAME_MAX, is_name
 
 _KINDS = {
     vm_pb2.VM_KIND_OWNED: "owned",
@@ -110,7 +111,13 @@ def spec_of(request: vm_service_pb2.CreateVmRequest, memory_dir: Path | None) ->
 def adoption_spec_of(request: vm_service_pb2.AdoptVmRequest) -> Spec:
     """Make the spec of a VM to adopt, with a new uid. VM_ID_INVALID, REQUEST_INVALID, MEMORY_INVALID."""
     _check_id(request.vm_id)
-    if not 0 < request.pid <= PID_MAX:
+    if bool(request.pid) == bool(request.name):
+        raise SkeydError(Reason.REQUEST_INVALID, "a VMM is known by its pid or by its name: exactly one of them")
+    if request.name and not is_name(request.name):
+        raise SkeydError(
+            Reason.REQUEST_INVALID, f"name has 1 to {NAME_MAX} printable characters, not {request.name[:80]!r}"
+        )
+    if not request.name and not 0 < request.pid <= PID_MAX:
         raise SkeydError(Reason.REQUEST_INVALID, f"pid is that of a process, not {request.pid}")
     if request.HasField("vm_fd") and request.vm_fd > FD_MAX:
         raise SkeydError(Reason.REQUEST_INVALID, f"vm_fd is a descriptor, not {request.vm_fd}")
@@ -132,7 +139,13 @@ def adoption_spec_of(request: vm_service_pb2.AdoptVmRequest) -> Spec:
         kind="adopted",
         slots=slots,
         created=int(time.time()),
-        adoption=Adoption(request.pid, request.start_time, request.vm_fd if request.HasField("vm_fd") else -1, hold_ms),
+        adoption=Adoption(
+            request.pid,
+            request.start_time,
+            request.vm_fd if request.HasField("vm_fd") else -1,
+            hold_ms,
+            request.name,
+        ),
     )
 
 
@@ -260,6 +273,7 @@ def vm_message(vm: Vm) -> vm_pb2.Vm:
     if vm.vmm is not None:
         message.vmm.pid, message.vmm.start_time = vm.vmm.pid, vm.vmm.start_time
         message.vmm.uid, message.vmm.executable, message.vmm.vm_fd = vm.vmm.uid, vm.vmm.executable, vm.vmm.fd
+        message.vmm.name = vm.vmm.name
         message.vmm.memory_source = _MEMORY_SOURCES[vm.vmm.memory_source]
     if vm.last_write is not None:
         message.last_write.CopyFrom(_last_write_message(vm.last_write))

@@ -14,6 +14,7 @@ from skeyd.encoding import codec
 from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange
 from skeyd.rpc import convert
+from skeyd.rpc.audit import note_vmm
 from skeyd.rpc.calls import note
 from skeyd.rpc.ending import hanging_up, require_active
 from skeyd.rpc.slots import CallSlots
@@ -46,6 +47,7 @@ def set_skeys(
     # Who only checks keys excludes nobody who sets them. A slot is for streams that have said what they want.
     opened = registry.session if options.validate_only else registry.writing
     with streams.taken(header.vm), hanging_up(context) as hang_up, opened(vm_id, hang_up) as session:
+        note_vmm(session.hello.vmm)
         writing = KeyWriting(session, ranges, options, partial(require_active, context))
         with writing.told():
             if not writing.begin():

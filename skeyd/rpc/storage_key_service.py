@@ -8,6 +8,7 @@ import grpc
 
 from skeyd.errors import Reason, SkeydError
 from skeyd.rpc import convert
+from skeyd.rpc.audit import note_vmm
 from skeyd.rpc.calls import note
 from skeyd.rpc.digest_skeys import digest_skeys
 from skeyd.rpc.ending import hanging_up
@@ -65,6 +66,7 @@ class StorageKeyService(storage_key_service_pb2_grpc.StorageKeyServiceServicer):
             hanging_up(context) as hang_up,
             self._registry.writing(vm_id, hang_up, brief=True) as session,
         ):
+            note_vmm(session.hello.vmm)
             done = write_one(session, request.gfn, request.key, request.allow_enable)
         note(repaired=int(done.repaired))
         return pb.SetSkeyResponse(
@@ -82,6 +84,7 @@ class StorageKeyService(storage_key_service_pb2_grpc.StorageKeyServiceServicer):
             hanging_up(context) as hang_up,
             self._registry.writing(vm_id, hang_up, brief=True) as session,
         ):
+            note_vmm(session.hello.vmm)
             was = reset_referenced(session, request.gfn)
         return pb.ResetReferencedResponse(was_referenced=bool(was & REFERENCED), was_changed=bool(was & CHANGED))
 

@@ -9,9 +9,11 @@ import grpc
 from skeyd import limits
 from skeyd.errors import Reason, SkeydError
 from skeyd.rpc import convert
+from skeyd.rpc.audit import note_vmm, noting_refused_vmm
 from skeyd.rpc.calls import note
 from skeyd.rpc.ending import all_hanging_up, hanging_up, require_active
 from skeyd.rpc.slots import CallSlots
+from skeyd.rpc.vm_candidates import list_vm_candidates
 from skeyd.v1 import vm_service_pb2, vm_service_pb2_grpc
 from skeyd.vms.registry import Registry
 
@@ -25,7 +27,7 @@ class VmService(vm_service_pb2_grpc.VmServiceServicer):
         self._allow_adoption = allow_adoption
         self._registry = registry
         self._short_calls = short_calls
-        self._lists = CallSlots(limits.MAX_LISTS, "ListVms", Reason.TOO_MANY_CALLS)
+        self._lists = CallSlots(limits.MAX_LISTS, "ListVms and ListVmCandidates", Reason.TOO_MANY_CALLS)
         self._memory_dir = memory_dir
 
     def CreateVm(
@@ -42,15 +44,28 @@ class VmService(vm_service_pb2_grpc.VmServiceServicer):
         self, request: vm_service_pb2.AdoptVmRequest, context: grpc.ServicerContext
     ) -> vm_service_pb2.AdoptVmResponse:
         """As the contract says."""
-        if not self._allow_adoption:
-            raise SkeydError(
-                Reason.ADOPTION_FORBIDDEN, "adopting VMs is off; the daemon was started without --allow-adoption"
-            )
+        self._require_adoption()
         spec = convert.adoption_spec_of(request)
-        note(vm=f"vms/{spec.vm_id}", pid=request.pid)
-        with self._short_calls.taken(f"vms/{spec.vm_id}"):
+        note(vm=f"vms/{spec.vm_id}", **({"vmm_name": request.name} if request.name else {"pid": request.pid}))
+        with self._short_calls.taken(f"vms/{spec.vm_id}"), noting_refused_vmm():
             vm = self._registry.create(spec)
+        note_vmm(vm.vmm)
         return vm_service_pb2.AdoptVmResponse(vm=convert.vm_message(vm))
+
+    def ListVmCandidates(
+        self, request: vm_service_pb2.ListVmCandidatesRequest, context: grpc.ServicerContext
+    ) -> vm_service_pb2.ListVmCandidatesResponse:
+        """As the contract says."""
+        self._require_adoption()
+        # It waits for a new process, and for all VMs.
+        with (
+            self._short_calls.taken("ListVmCandidates", Reason.TOO_MANY_CALLS),
+            self._lists.taken(),
+            all_hanging_up(context) as hang_ups,
+        ):
+            response = list_vm_candidates(self._registry, hang_ups)
+            require_active(context)
+        return response
 
     def GetVm(
         self, request: vm_service_pb2.GetVmRequest, context: grpc.ServicerContext
@@ -80,5 +95,11 @@ class VmService(vm_service_pb2_grpc.VmServiceServicer):
         vm_id = convert.vm_id_of(request.name)
         note(vm=request.name)
         with self._short_calls.taken(request.name), hanging_up(context) as hang_up:
-            self._registry.delete(vm_id, hang_up)
+            self._registry.delete(vm_id, hang_up, lambda vm: note_vmm(vm.vmm))
         return vm_service_pb2.DeleteVmResponse()
+
+    def _require_adoption(self) -> None:
+        if not self._allow_adoption:
+            raise SkeydError(
+                Reason.ADOPTION_FORBIDDEN, "adopting VMs is off; the daemon was started without --allow-adoption"
+            )

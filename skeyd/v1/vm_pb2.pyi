@@ -320,7 +320,7 @@ class Vm(google.protobuf.message.Message):
 
     @property
     def vmm(self) -> global___Vmm:
-        """For an adopted VM: whose it is. Not set where the worker did not answer."""
+        """For an adopted VM: whose it is, or, where the worker did not answer, whose it was when it was adopted."""
 
     def __init__(
         self,
@@ -357,6 +357,7 @@ class Vmm(google.protobuf.message.Message):
     UID_FIELD_NUMBER: builtins.int
     EXECUTABLE_FIELD_NUMBER: builtins.int
     VM_FD_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
     MEMORY_SOURCE_FIELD_NUMBER: builtins.int
     pid: builtins.int
     """Process id."""
@@ -368,6 +369,10 @@ class Vmm(google.protobuf.message.Message):
     """The file that it runs (/proc/PID/exe)."""
     vm_fd: builtins.int
     """Its descriptor of the VM."""
+    name: builtins.str
+    """What it called its guest on its command line when it was adopted (QEMU's -name, libvirt's domain name). Empty where
+    that has none, or none that can be shown. It is the process's own word.
+    """
     memory_source: global___MemorySource.ValueType
     """How it is known which memory slots the VM has."""
     def __init__(
@@ -378,9 +383,10 @@ class Vmm(google.protobuf.message.Message):
         uid: builtins.int = ...,
         executable: builtins.str = ...,
         vm_fd: builtins.int = ...,
+        name: builtins.str = ...,
         memory_source: global___MemorySource.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["executable", b"executable", "memory_source", b"memory_source", "pid", b"pid", "start_time", b"start_time", "uid", b"uid", "vm_fd", b"vm_fd"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["executable", b"executable", "memory_source", b"memory_source", "name", b"name", "pid", b"pid", "start_time", b"start_time", "uid", b"uid", "vm_fd", b"vm_fd"]) -> None: ...
 
 global___Vmm = Vmm
 

@@ -8,7 +8,8 @@ from skeyd.v1 import vm_service_pb2 as skeyd_dot_v1_dot_vm__service__pb2
 class VmServiceStub(object):
     """Makes and unmakes the VMs whose keys skeyd serves. One worker process is behind each.
 
-    Each method: RESOURCE_EXHAUSTED TOO_MANY_CALLS; and TOO_MANY_CALLS_ON_VM, but for ListVms.
+    Each method: RESOURCE_EXHAUSTED TOO_MANY_CALLS; and TOO_MANY_CALLS_ON_VM, but for ListVms and
+    ListVmCandidates.
     """
 
     def __init__(self, channel):
@@ -26,6 +27,11 @@ class VmServiceStub(object):
                 '/skeyd.v1.VmService/AdoptVm',
                 request_serializer=skeyd_dot_v1_dot_vm__service__pb2.AdoptVmRequest.SerializeToString,
                 response_deserializer=skeyd_dot_v1_dot_vm__service__pb2.AdoptVmResponse.FromString,
+                )
+        self.ListVmCandidates = channel.unary_unary(
+                '/skeyd.v1.VmService/ListVmCandidates',
+                request_serializer=skeyd_dot_v1_dot_vm__service__pb2.ListVmCandidatesRequest.SerializeToString,
+                response_deserializer=skeyd_dot_v1_dot_vm__service__pb2.ListVmCandidatesResponse.FromString,
                 )
         self.GetVm = channel.unary_unary(
                 '/skeyd.v1.VmService/GetVm',
@@ -47,7 +53,8 @@ class VmServiceStub(object):
 class VmServiceServicer(object):
     """Makes and unmakes the VMs whose keys skeyd serves. One worker process is behind each.
 
-    Each method: RESOURCE_EXHAUSTED TOO_MANY_CALLS; and TOO_MANY_CALLS_ON_VM, but for ListVms.
+    Each method: RESOURCE_EXHAUSTED TOO_MANY_CALLS; and TOO_MANY_CALLS_ON_VM, but for ListVms and
+    ListVmCandidates.
     """
 
     def CreateVm(self, request, context):
@@ -71,9 +78,18 @@ class VmServiceServicer(object):
 
         Off unless the daemon was started with --allow-adoption: PERMISSION_DENIED ADOPTION_FORBIDDEN. The errors of CreateVm
         but those of its memory, and:
-        NOT_FOUND VMM_NOT_FOUND: there is no such process, or it has no VM, or not that one, or several and none was named.
+        NOT_FOUND VMM_NOT_FOUND: there is no such process, or it has no VM, or not that one, or several and none was named;
+        or several processes have the name, which the message lists.
         FAILED_PRECONDITION VMM_NOT_TRACEABLE, VMM_SANDBOXED, VMM_UNSUITABLE. UNAVAILABLE VMM_TRACED, VMM_STUCK.
         FAILED_PRECONDITION VMM_MEMORY_UNKNOWN: no memory slots were named, and they can't be found.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListVmCandidates(self, request, context):
+        """Looks for processes whose VMs can be adopted, in a short-lived process that touches none of them. Off as AdoptVm is:
+        PERMISSION_DENIED ADOPTION_FORBIDDEN. INTERNAL WORKER_FAILED: that process failed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -118,6 +134,11 @@ def add_VmServiceServicer_to_server(servicer, server):
                     request_deserializer=skeyd_dot_v1_dot_vm__service__pb2.AdoptVmRequest.FromString,
                     response_serializer=skeyd_dot_v1_dot_vm__service__pb2.AdoptVmResponse.SerializeToString,
             ),
+            'ListVmCandidates': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListVmCandidates,
+                    request_deserializer=skeyd_dot_v1_dot_vm__service__pb2.ListVmCandidatesRequest.FromString,
+                    response_serializer=skeyd_dot_v1_dot_vm__service__pb2.ListVmCandidatesResponse.SerializeToString,
+            ),
             'GetVm': grpc.unary_unary_rpc_method_handler(
                     servicer.GetVm,
                     request_deserializer=skeyd_dot_v1_dot_vm__service__pb2.GetVmRequest.FromString,
@@ -143,7 +164,8 @@ def add_VmServiceServicer_to_server(servicer, server):
 class VmService(object):
     """Makes and unmakes the VMs whose keys skeyd serves. One worker process is behind each.
 
-    Each method: RESOURCE_EXHAUSTED TOO_MANY_CALLS; and TOO_MANY_CALLS_ON_VM, but for ListVms.
+    Each method: RESOURCE_EXHAUSTED TOO_MANY_CALLS; and TOO_MANY_CALLS_ON_VM, but for ListVms and
+    ListVmCandidates.
     """
 
     @staticmethod
@@ -177,6 +199,23 @@ class VmService(object):
         return grpc.experimental.unary_unary(request, target, '/skeyd.v1.VmService/AdoptVm',
             skeyd_dot_v1_dot_vm__service__pb2.AdoptVmRequest.SerializeToString,
             skeyd_dot_v1_dot_vm__service__pb2.AdoptVmResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def ListVmCandidates(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/skeyd.v1.VmService/ListVmCandidates',
+            skeyd_dot_v1_dot_vm__service__pb2.ListVmCandidatesRequest.SerializeToString,
+            skeyd_dot_v1_dot_vm__service__pb2.ListVmCandidatesResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

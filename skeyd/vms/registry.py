@@ -6,9 +6,9 @@ import os
 import select
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Final
 
@@ -28,6 +28,7 @@ from skeyd.vms.runtime import RuntimeDirectory, VmDirectory
 from skeyd.vms.session import Session
 from skeyd.vms.starter import WorkerStarter
 from skeyd.vms.vm import Vm, VmState
+from skeyd.worker.candidates import Found
 from skeyd.worker.packets import Fields, ProtocolError
 from skeyd.worker.protocol import Spec
 
@@ -73,7 +74,12 @@ class Registry:
                     raise
                 with self._lock:
                     self._starting.discard(spec.vm_id)
-                return self._look(directory)
+                vm = self._look(directory)
+                if vm.vmm is not None:
+                    # For when its worker can't say it any more. The VM is there, whether this can be written or not.
+                    with suppress(OSError):
+                        directory.write_record(replace(spec, vmm=vm.vmm))
+                return vm
             finally:
                 directory.close()
 
@@ -105,14 +111,15 @@ class Registry:
         """Names in the directory of VMs that can't be a VM's."""
         return self._runtime.strangers()
 
-    def delete(self, vm_id: str, hang_up: HangUp | None = None) -> None:
+    def delete(self, vm_id: str, hang_up: HangUp | None = None, told: Callable[[Vm], None] = lambda _: None) -> None:
         """End a VM and free its name. SkeydError VM_QUARANTINED where skeyd can't tell what it would end; VM_BUSY.
 
-        It can be hung up until the worker has said who it is.
+        It can be hung up until the worker has said who it is. `told` gets what is known of it, before it is ended.
         """
         hang_up = hang_up or HangUp()
         with self._exclusively(vm_id), self._runtime.open_vm(vm_id) as directory:
             session, vm = self._connect(directory, hang_up)
+            told(vm)
             if session is not None:
                 hang_up.let_go()
                 with session, self._listed_in(self._ending, vm_id):
@@ -163,6 +170,10 @@ class Registry:
     def probe_host(self) -> Fields:
         """Have a worker look at the host."""
         return self._starter.probe_host()
+
+    def find_candidates(self) -> Found:
+        """Have a worker look for processes that hold VMs. ProtocolError where what it says is no answer."""
+        return Found.from_message(self._starter.find_candidates())
 
     def _new_session(self, vm_id: str, hang_up: HangUp) -> Session:
         with self._runtime.open_vm(vm_id) as directory:
@@ -284,7 +295,15 @@ class Registry:
             return None, Vm(directory.vm_id, VmState.QUARANTINED, f"its record is that of {record.vm_id}")
 
         def vm(state: VmState, reason: str) -> Vm:
-            return Vm(directory.vm_id, state, reason, uid=record.uid, kind=record.kind, created=record.created)
+            return Vm(
+                directory.vm_id,
+                state,
+                reason,
+                uid=record.uid,
+                kind=record.kind,
+                created=record.created,
+                vmm=record.vmm,
+            )
 
         if directory.vm_id in self._ending:
             return None, vm(VmState.DEAD, "it is being deleted")

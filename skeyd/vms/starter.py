@@ -16,6 +16,7 @@ from typing import Final, Protocol
 from skeyd.errors import Reason, SkeydError, exhausted
 from skeyd.limits import WORKER_START_SECONDS
 from skeyd.vms.runtime import VmDirectory, last_words
+from skeyd.worker.candidates import CANDIDATES_BYTES
 from skeyd.worker.packets import MESSAGE_MAX, Fields, ProtocolError, decode, encode, take_answer
 from skeyd.worker.protocol import Spec
 
@@ -32,6 +33,9 @@ class WorkerStarter(Protocol):
 
     def probe_host(self) -> Fields:
         """Have a short-lived worker look at the host; its report is as skeyd.worker.process.report_host writes it."""
+
+    def find_candidates(self) -> Fields:
+        """Have another look for processes that hold VMs; its answer is to be a skeyd.worker.candidates.Found."""
 
     def reap(self) -> None:
         """Take note of workers that ended, so that no zombie stays."""
@@ -64,10 +68,18 @@ class ChildStarter:
 
     def probe_host(self) -> Fields:
         """Have a child look at the host."""
-        log = os.memfd_create("probe.log")
+        return self._ask("probe", MESSAGE_MAX)
+
+    def find_candidates(self) -> Fields:
+        """Have a child look at the host's processes."""
+        return self._ask("candidates", CANDIDATES_BYTES)
+
+    def _ask(self, what: str, most: int) -> Fields:
+        # A child that says so many bytes at most, and ends.
+        log = os.memfd_create(f"{what}.log")
         try:
-            child = self._spawn(["probe"], log)
-            answer = self._answer(child, b"")
+            child = self._spawn([what], log)
+            answer = self._answer(child, b"", most)
             _end(child)
             return answer
         except SkeydError as error:
@@ -102,10 +114,10 @@ class ChildStarter:
             failed = SkeydError(Reason.WORKER_FAILED, f"no worker could be started{through}: {error.strerror}")
             raise exhausted(error) or failed from error
 
-    def _answer(self, child: subprocess.Popen[bytes], given: bytes) -> Fields:
+    def _answer(self, child: subprocess.Popen[bytes], given: bytes, most: int = MESSAGE_MAX) -> Fields:
         # What the child says first. It is ended where that is no good: it has made no VM that anybody was told of.
         try:
-            return _first_answer(child, given)
+            return _first_answer(child, given, most)
         except BaseException as error:
             status = _end(child)
             if isinstance(error, _SaidNothingError):
@@ -135,8 +147,8 @@ def _end(child: subprocess.Popen[bytes]) -> int:
     return child.wait()
 
 
-def _first_answer(child: subprocess.Popen[bytes], given: bytes) -> Fields:
-    # Give the child its standard input whole, and take the one line it says.
+def _first_answer(child: subprocess.Popen[bytes], given: bytes, most: int) -> Fields:
+    # Give the child its standard input whole, and take the one line it says, of so many bytes.
     assert child.stdin is not None  # noqa: S101  it is a pipe
     assert child.stdout is not None  # noqa: S101  likewise
     until = time.monotonic() + WORKER_START_SECONDS
@@ -155,9 +167,9 @@ def _first_answer(child: subprocess.Popen[bytes], given: bytes) -> Fields:
             said += part
             if not part:
                 raise _SaidNothingError
-            if len(said) > MESSAGE_MAX:
+            if len(said) > most:
                 raise SkeydError(Reason.WORKER_FAILED, "the worker says more than it should")
     try:
-        return take_answer(decode(said, "the worker's first line"))
+        return take_answer(decode(said, "the worker's first line", most))
     except ProtocolError as error:
         raise SkeydError(Reason.WORKER_FAILED, str(error)) from error

@@ -41,4 +41,4 @@ class Vm:
     last_write: LastWrite | None = None
     """None: there was no SetSkeys that set a key, or it is not known."""
     vmm: Vmm | None = None
-    """Whose it is, of an adopted one."""
+    """Whose it is, of an adopted one; where its worker did not answer, whose it was when it was adopted."""

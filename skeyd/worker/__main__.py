@@ -1,4 +1,4 @@
-"""Start a worker: `python -I -S skeyd/worker/__main__.py vm DIRECTORY_FD`, or `… probe`.
+"""Start a worker: `python -I -S skeyd/worker/__main__.py vm DIRECTORY_FD`, `… probe`, or `… candidates`.
 
 -I and -S keep the environment, the user's site and site-packages out: a worker loads skeyd and the standard library,
 is small, and is ready in some 30 ms.
@@ -15,8 +15,10 @@ if __name__ == "__main__":
 
     if sys.argv[1:] == ["probe"]:
         status = process.report_host()
+    elif sys.argv[1:] == ["candidates"]:
+        status = process.report_candidates()
     elif sys.argv[1:2] == ["vm"] and len(sys.argv) == 3:
         status = process.serve_vm(int(sys.argv[2]))
     else:
-        sys.exit(f"usage: {sys.argv[0]} vm DIRECTORY_FD | probe")
+        sys.exit(f"usage: {sys.argv[0]} vm DIRECTORY_FD | probe | candidates")
     sys.exit(status)

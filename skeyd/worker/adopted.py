@@ -13,10 +13,11 @@ from skeyd.injection.target import Target
 from skeyd.injection.vm import ForeignVm
 from skeyd.kvm import abi
 from skeyd.worker import refusals, vmm_memory, vmm_refusals
-from skeyd.worker.adoption import Vmm
+from skeyd.worker.adoption import Adoption, Vmm
 from skeyd.worker.packets import printable
 from skeyd.worker.protocol import SLICE_KEYS, Spec
 from skeyd.worker.slots import memory_map
+from skeyd.worker.vmm_name import name_of
 
 
 class AdoptedVm:
@@ -31,23 +32,25 @@ class AdoptedVm:
         if spec.adoption is None:
             raise SkeydError(Reason.WORKER_FAILED, "an adopted VM's spec says of no process whose it is")
         self.kernel = os.uname().release
-        with ExitStack() as undo, _told():
-            try:
-                target = undo.enter_context(Target(spec.adoption.pid))
-                if spec.adoption.start_time not in (0, target.start_time):
-                    raise GoneError(target.pid, f"process {target.pid} was started at {target.start_time}")
-            except GoneError as error:
-                raise SkeydError(Reason.VMM_NOT_FOUND, str(error), {"vmm_pid": str(error.pid)}) from error
-            fd = spec.adoption.fd if spec.adoption.fd >= 0 else _only_vm(target)
-            self._vm = undo.enter_context(ForeignVm(target, fd, SLICE_KEYS, spec.adoption.hold_ms / 1000))
-            if not self._vm.check_extension(abi.KVM_CAP_S390_SKEYS):
-                raise refusals.no_capability()
-            self.memory_map: MemoryMap = memory_map(vmm_memory.slots(self._vm, spec.slots), "vmm")
-            source = "named" if spec.slots else "probed"
-            self.vmm = Vmm(target.pid, target.start_time, target.uid, printable(target.executable), fd, source)
-            self.has_keyop = bool(self._vm.check_extension(abi.KVM_CAP_S390_KEYOP))
-            self._target = target
-            self._resources = undo.pop_all()
+        who: dict[str, str] = {}
+        try:
+            with ExitStack() as undo, _told():
+                target, name = _found(spec.adoption, undo)
+                who = _who(target, name)
+                fd = spec.adoption.fd if spec.adoption.fd >= 0 else _only_vm(target)
+                self._vm = undo.enter_context(ForeignVm(target, fd, SLICE_KEYS, spec.adoption.hold_ms / 1000))
+                if not self._vm.check_extension(abi.KVM_CAP_S390_SKEYS):
+                    raise refusals.no_capability()
+                self.memory_map: MemoryMap = memory_map(vmm_memory.slots(self._vm, spec.slots), "vmm")
+                executable, source = printable(target.executable), "named" if spec.slots else "probed"
+                self.vmm = Vmm(target.pid, target.start_time, target.uid, executable, fd, source, name)
+                self.has_keyop = bool(self._vm.check_extension(abi.KVM_CAP_S390_KEYOP))
+                self._target = target
+                self._resources = undo.pop_all()
+        except SkeydError as error:
+            # Calls may have been made in it by now, and who was to be adopted is written down whatever came of it.
+            error.metadata.update(who)
+            raise
 
     def fileno(self) -> int:
         """Return a descriptor that is readable once the owner has ended; it stays this object's."""
@@ -80,6 +83,42 @@ class AdoptedVm:
         """Let the owner go, with nothing of skeyd's in it. The VM goes on."""
         with _told():
             self._resources.close()
+
+
+def _found(adoption: Adoption, undo: ExitStack) -> tuple[Target, str]:
+    # The owner, held by its pidfd, and what it calls its guest.
+    pid, start_time = adoption.pid, adoption.start_time
+    if adoption.name:
+        # Here, so that who knows the pid doesn't pay for it.
+        from skeyd.worker.vmm_search import only_one_named
+
+        pid, found_start_time = only_one_named(adoption.name)
+        start_time = start_time or found_start_time
+    try:
+        target = undo.enter_context(Target(pid))
+        if start_time not in (0, target.start_time):
+            raise GoneError(pid, f"process {pid} was started at {target.start_time}")
+        try:
+            name = name_of(pid)
+        except (FileNotFoundError, ProcessLookupError) as error:
+            raise GoneError(pid, f"process {pid} has ended") from error
+        target.check()  # so the name was its own
+        if adoption.name and name != adoption.name:
+            raise GoneError(pid, f"process {pid} is named {name!r} now")
+    except GoneError as error:
+        raise SkeydError(Reason.VMM_NOT_FOUND, str(error), {"vmm_pid": str(error.pid)}) from error
+    return target, name
+
+
+def _who(target: Target, name: str) -> dict[str, str]:
+    # As the front notes it of each call that adopts or changes its VM (skeyd.rpc.audit).
+    return {
+        "vmm_pid": str(target.pid),
+        "vmm_start_time": str(target.start_time),
+        "vmm_uid": str(target.uid),
+        "vmm_executable": printable(target.executable),
+        **({"vmm_name": name} if name else {}),
+    }
 
 
 def _only_vm(target: Target) -> int:

@@ -42,6 +42,15 @@ class Fields:
             raise ProtocolError(f"{self._what}: {name} is no number from {least} to {most}")
         return value
 
+    def integers(self, name: str, most: int, least: int, greatest: int) -> tuple[int, ...]:
+        """Take a list of at most `most` whole numbers between two bounds, both included."""
+        value = self._fields.get(name)
+        if not isinstance(value, list) or len(value) > most:
+            raise ProtocolError(f"{self._what}: {name} is no list of at most {most}")
+        if not all(type(one) is int and least <= one <= greatest for one in value):
+            raise ProtocolError(f"{self._what}: {name} has what is no number from {least} to {greatest}")
+        return tuple(value)
+
     def boolean(self, name: str) -> bool:
         """Take true or false."""
         value = self._fields.get(name)
@@ -90,9 +99,9 @@ def encode(message: dict[str, Any]) -> bytes:
     return data
 
 
-def decode(data: bytes, what: str) -> Fields:
-    """Read a message. ProtocolError for anything but one JSON object of at most MESSAGE_MAX bytes."""
-    if len(data) > MESSAGE_MAX:
+def decode(data: bytes, what: str, most: int = MESSAGE_MAX) -> Fields:
+    """Read a message. ProtocolError for anything but one JSON object of at most so many bytes."""
+    if len(data) > most:
         raise ProtocolError(f"{what} is longer than a packet may be")
     try:
         return Fields(json.loads(data), what)

@@ -71,6 +71,15 @@ def report_host() -> int:
     return 0
 
 
+def report_candidates() -> int:
+    """Say on standard output which processes hold VMs, as skeyd.worker.candidates has it: the front may see none."""
+    # Here, so that VMs' workers don't pay for what they never use.
+    from skeyd.worker.vmm_search import find_candidates
+
+    _say({"ok": find_candidates().to_message()})
+    return 0
+
+
 def _prepare(directory_fd: int, resources: ExitStack) -> tuple[Service, HasFileno, list[HasFileno]]:
     try:
         spec = Spec.from_message(decode(sys.stdin.buffer.read(MESSAGE_MAX + 1), "the spec"))

@@ -106,6 +106,8 @@ class Spec:
     """One of SIMULATED_KERNELS."""
     adoption: Adoption | None = None
     """Of an adopted VM."""
+    vmm: Vmm | None = None
+    """Whose an adopted VM was found to be. In the record only: its worker is what finds it."""
 
     def to_message(self) -> dict[str, Any]:
         """Write it down."""
@@ -117,6 +119,7 @@ class Spec:
             "created": self.created,
             "simulated_kernel": self.simulated_kernel,
             "adoption": self.adoption and self.adoption.to_message(),
+            "vmm": self.vmm and self.vmm.to_message(),
             "slots": [
                 {
                     "guest_phys_addr": slot.guest_phys_addr,
@@ -133,7 +136,7 @@ class Spec:
         """Read it. ProtocolError for anything that is none."""
         message.integer("protocol", PROTOCOL, PROTOCOL)
         kind = message.choice("kind", KINDS)
-        if kind != "adopted" and message.has("adoption"):
+        if kind != "adopted" and (message.has("adoption") or message.has("vmm")):
             raise ProtocolError(f"the adoption of a VM of kind {kind}")
         return cls(
             vm_id=message.text("id", VM_ID),
@@ -151,6 +154,7 @@ class Spec:
                 for slot in message.objects("slots", MAX_MEMORY_SLOTS)
             ),
             adoption=Adoption.from_message(message.object("adoption")) if kind == "adopted" else None,
+            vmm=Vmm.from_message(message.object("vmm")) if message.has("vmm") else None,
         )
 
 

@@ -188,3 +188,39 @@ def test_a_vm_whose_qemu_ends_is_dead_and_its_name_can_be_freed(daemon: DaemonPr
         wait_for(lambda: client.get_vm(NAME).state == vm_pb2.VM_STATE_DEAD)
         client.delete_vm(NAME)
         assert not client.list_vms()
+
+
+def test_a_qemu_is_a_candidate_and_is_adopted_by_its_name_and_the_log_says_whose_it_is(
+    daemon: DaemonProcess, runtime_dir: Path
+) -> None:
+    require_qemu()
+    qemu = Qemu(runtime_dir, "-name", "guest=the web,,1,debug-threads=on", "-smp", "2")
+    try:
+        with Stubs(daemon.target) as stubs, daemon.connect() as client:
+            before = look(qemu.pid)
+            (found,) = [one for one in client.list_vm_candidates().candidates if one.pid == qemu.pid]
+            assert (found.name, len(found.vm_fds), found.vcpu_fds) == ("the web,1", 1, 2)
+            assert (found.adopted_as, found.refusal) == ("", "")
+            assert found.mapped_bytes > 64 * MIB
+            assert differences(before, look(qemu.pid)) == {}
+
+            slot = vm_service_pb2.MemorySlotSpec(memory_size=64 * MIB)
+            request = vm_service_pb2.AdoptVmRequest(
+                vm_id="guest", name="the web,1", start_time=found.start_time, memory_slots=[slot], max_hold_time=LONG
+            )
+            vm = client.adopt_vm(request)
+            assert (vm.vmm.pid, vm.vmm.name, vm.vmm.vm_fd) == (qemu.pid, "the web,1", found.vm_fds[0])
+            (found,) = [one for one in client.list_vm_candidates().candidates if one.pid == qemu.pid]
+            assert found.adopted_as == NAME
+            stubs.set(NAME, [(0, b"\x30" * 256)])
+            client.set_skey(NAME, 1, 0x40)
+            client.delete_vm(NAME)
+        for method in ("VmService/AdoptVm", "StorageKeyService/SetSkeys", "StorageKeyService/SetSkey"):
+            line = daemon.wait_for_line("rpc", method=f"/skeyd.v1.{method}")
+            assert (line["code"], line["vm"], line["vmm_pid"]) == ("OK", NAME, qemu.pid)
+            assert (line["vmm_start_time"], line["vmm_uid"]) == (found.start_time, found.uid)
+            assert (line["vmm_executable"], line["vmm_name"]) == (found.executable, "the web,1")
+        assert daemon.wait_for_line("rpc", method="/skeyd.v1.VmService/DeleteVm")["vmm_pid"] == qemu.pid
+        qemu.answers()
+    finally:
+        qemu.close()

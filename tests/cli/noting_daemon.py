@@ -19,6 +19,8 @@ class NotingDaemon(LyingDaemon):
         """What CreateVm was asked."""
         self.adopted: list[vm_service_pb2.AdoptVmRequest] = []
         """What AdoptVm was asked."""
+        self.candidates = vm_service_pb2.ListVmCandidatesResponse()
+        """What ListVmCandidates answers."""
         self.vms: list[vm_pb2.Vm] = []
         """What ListVms answers."""
 
@@ -32,9 +34,14 @@ class NotingDaemon(LyingDaemon):
         self, request: vm_service_pb2.AdoptVmRequest, context: grpc.ServicerContext
     ) -> vm_service_pb2.AdoptVmResponse:
         self.adopted.append(request)
-        vmm = vm_pb2.Vmm(pid=request.pid, vm_fd=request.vm_fd)
+        vmm = vm_pb2.Vmm(pid=request.pid, vm_fd=request.vm_fd, name=request.name)
         vm = vm_pb2.Vm(name=f"vms/{request.vm_id}", kind=vm_pb2.VM_KIND_ADOPTED, vmm=vmm)
         return vm_service_pb2.AdoptVmResponse(vm=vm)
+
+    def ListVmCandidates(  # noqa: N802
+        self, request: vm_service_pb2.ListVmCandidatesRequest, context: grpc.ServicerContext
+    ) -> vm_service_pb2.ListVmCandidatesResponse:
+        return self.candidates
 
     def ListVms(  # noqa: N802
         self, request: vm_service_pb2.ListVmsRequest, context: grpc.ServicerContext

@@ -11,7 +11,9 @@ from typing import Any, Final
 import pytest
 
 from skeyd.v1 import host_service_pb2
+from tests.cli.noting_daemon import NotingDaemon
 from tests.cli.running import skeyctl
+from tests.cli.test_vm import CANDIDATES
 from tests.daemon import DaemonProcess
 from tests.rpc.fixtures import NewVm
 from tests.rpc.stubs import Stubs, new_id
@@ -54,7 +56,7 @@ def name(new_vm: NewVm, stubs: Stubs) -> str:
 
 
 def test_every_command_that_does_something_is_on_the_page(shared_daemon: DaemonProcess) -> None:
-    commands = {"host", "vm create", "vm adopt", "vm show", "vm list", "vm delete"}
+    commands = {"host", "vm create", "vm adopt", "vm candidates", "vm show", "vm list", "vm delete"}
     commands |= {f"keys {verb}" for verb in ("get", "set", "dump", "load", "digest", "compare", "summary")}
     commands |= {f"key {verb}" for verb in ("get", "set", "reset-referenced")}
     rows = re.findall(r"^\| (`[a-z].*?) \| ", PAGE.read_text(), re.MULTILINE)
@@ -111,6 +113,31 @@ def test_vm_create_show_list_and_delete(shared_daemon: DaemonProcess, stubs: Stu
         deleted = skeyctl(shared_daemon.target, "vm", "delete", vm_id, "--yes", "--json").value
     check(deleted, "vm delete")
     assert deleted == {"deleted": f"vms/{vm_id}"}
+
+
+def test_vm_candidates(runtime_dir: Path) -> None:
+    with NotingDaemon(runtime_dir) as daemon:
+        daemon.candidates = CANDIDATES
+        value = skeyctl(daemon.target, "vm", "candidates", "--json").value
+    check(value, "vm candidates")
+    assert value["candidates"][0] == {
+        "pid": 812,
+        "start_time": 4711,
+        "uid": 64055,
+        "executable": "/usr/bin/qemu-system-s390x",
+        "name": "web",
+        "vm_fds": [13],
+        "vcpu_fds": 4,
+        "mapped_bytes": (5 << 30) + 1,
+        "resident_bytes": (3 << 20) - 1,
+        "adopted_as": "vms/web",
+        "refusal": None,
+        "refusal_detail": None,
+    }
+    traced = value["candidates"][1]
+    assert (traced["executable"], traced["name"], traced["adopted_as"]) == (None, None, None)
+    assert (traced["refusal"], traced["refusal_detail"]) == ("VMM_TRACED", "7 is traced")
+    assert (value["unreadable_processes"], value["left_out"], value["skeyd_workers"]) == (3, 2, 1)
 
 
 def test_keys_get(shared_daemon: DaemonProcess, name: str) -> None:

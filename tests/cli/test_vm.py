@@ -149,6 +149,7 @@ def test_a_slot_that_would_follow_the_end_of_all_addresses_is_refused() -> None:
         ("show",),
         ("show", "a", "b"),
         ("list", "a"),
+        ("candidates", "a"),
         ("delete",),
         ("delete", "--yes"),
         ("rename", "a", "b"),
@@ -222,9 +223,14 @@ def test_a_vm_of_another_process_is_asked_for_as_the_options_say(runtime_dir: Pa
             "uid": 0,
             "executable": None,
             "vm_fd": 0,
+            "name": None,
             "memory_source": None,
         }
-        first, second = daemon.adopted
+        named = ["vm", "adopt", "c", "--name=web,1", "--memory=1G"]
+        assert "adopted from pid 0 (web,1), unknown" in skeyctl(daemon.target, *named).out
+        assert skeyctl(daemon.target, *named, "--json").value["vmm"]["name"] == "web,1"
+        first, second, third, _ = daemon.adopted
+    assert (first.name, third.name, third.pid) == ("", "web,1", 0)
     slots = [(one.guest_phys_addr, one.memory_size, one.backing, one.file) for one in first.memory_slots]
     assert slots == [(0, GIB, 0, ""), (4 * GIB, 2 * GIB, 0, "")]
     assert (first.vm_id, first.pid, first.start_time) == ("a", 4711, 0)
@@ -239,6 +245,9 @@ def test_a_vm_of_another_process_is_asked_for_as_the_options_say(runtime_dir: Pa
     [
         [],
         ["--memory=1G"],
+        ["--name=web", "--pid=1"],
+        ["--pid=1", "--name=", "--memory=1G"],
+        ["--name=\udcff", "--memory=1G"],
         ["--pid=0", "--memory=1G"],
         ["--pid=1", "--memory=1G:memfd"],
         ["--pid=1", "--memory=x"],
@@ -246,6 +255,50 @@ def test_a_vm_of_another_process_is_asked_for_as_the_options_say(runtime_dir: Pa
 )
 def test_what_is_no_vm_of_another_process_is_a_usage_error(options: list[str]) -> None:
     assert skeyctl(NOBODY, "vm", "adopt", "a", *options).status == 2
+
+
+CANDIDATES: Final = vm_service_pb2.ListVmCandidatesResponse(
+    candidates=[
+        vm_service_pb2.VmCandidate(
+            pid=812,
+            start_time=4711,
+            uid=64055,
+            executable="/usr/bin/qemu-system-s390x",
+            name="web",
+            vm_fds=[13],
+            vcpu_fds=4,
+            mapped_bytes=5 * GIB + 1,
+            resident_bytes=3 * MIB - 1,
+            adopted_as="vms/web",
+        ),
+        vm_service_pb2.VmCandidate(pid=77777, vm_fds=[4, 5], refusal="VMM_TRACED", refusal_detail="7 is traced"),
+        vm_service_pb2.VmCandidate(pid=77778, vm_fds=[9], executable="/x", name="a b"),
+    ],
+    unreadable_processes=3,
+    left_out=2,
+    skeyd_workers=1,
+)
+
+
+def test_candidates_are_shown_with_what_was_not_seen(runtime_dir: Path) -> None:
+    with NotingDaemon(runtime_dir) as daemon:
+        daemon.candidates = CANDIDATES
+        done = skeyctl(daemon.target, "vm", "candidates")
+        assert (done.status, done.err) == (0, "")
+        assert done.out == (
+            "PID    NAME  UID    VM FDS  VCPUS  MAPPED    RESIDENT  EXECUTABLE                  ADOPTED\n"
+            "812    web   64055  13      4      5120 MiB  2 MiB     /usr/bin/qemu-system-s390x  as vms/web\n"
+            "77777  -     0      4,5     0      0 MiB     0 MiB     unknown                     "
+            "no, and can't be now: 7 is traced [VMM_TRACED]\n"
+            "77778  a b   0      9       0      0 MiB     0 MiB     /x                          no\n"
+            "\nprocesses that skeyd has no right to look at, each of which may have a VM: 3\n"
+            "\nprocesses left out, since there are too many of them or of their descriptors: 2\n"
+            "\nprocesses with a VM that are workers of skeyd, and so no candidates: 1\n"
+        )
+        daemon.candidates = vm_service_pb2.ListVmCandidatesResponse()
+        assert skeyctl(daemon.target, "vm", "candidates").out == (
+            "PID  NAME  UID  VM FDS  VCPUS  MAPPED  RESIDENT  EXECUTABLE  ADOPTED\n"
+        )
 
 
 @pytest.mark.parametrize("form", ["{id}", "vms/{id}"])

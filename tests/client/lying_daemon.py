@@ -102,6 +102,9 @@ class LyingDaemon(storage_key_service_pb2_grpc.StorageKeyServiceServicer, vm_ser
     def AdoptVm(self, request: Any, context: Any) -> Any:  # noqa: N802
         raise NotImplementedError
 
+    def ListVmCandidates(self, request: Any, context: Any) -> Any:  # noqa: N802
+        raise NotImplementedError
+
     def ListVms(self, request: Any, context: Any) -> Any:  # noqa: N802
         raise NotImplementedError
 

@@ -77,6 +77,7 @@ METHODS = {
     "GetHost": _Method(_Services.hosts, host_service_pb2.GetHostRequest(), "GetHost"),
     "CreateVm": _Method(_Services.vms, vm_requests.simulated("web", 1), VM, OF_VM),
     "AdoptVm": _Method(_Services.vms, vm_requests.adopted("web", 1), VM, OF_VM),
+    "ListVmCandidates": _Method(_Services.vms, vm_service_pb2.ListVmCandidatesRequest(), "ListVmCandidates"),
     "GetVm": _Method(_Services.vms, vm_service_pb2.GetVmRequest(name=VM), VM, OF_VM),
     "ListVms": _Method(_Services.vms, vm_service_pb2.ListVmsRequest()),
     "DeleteVm": _Method(_Services.vms, vm_service_pb2.DeleteVmRequest(name=VM), VM, OF_VM),

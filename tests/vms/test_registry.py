@@ -19,6 +19,7 @@ from skeyd.vms.registry import Registry
 from skeyd.vms.runtime import RECORD, RuntimeDirectory, VmDirectory
 from skeyd.vms.starter import ChildStarter
 from skeyd.vms.vm import Vm, VmState
+from skeyd.worker.candidates import Found
 from skeyd.worker.packets import Fields
 from skeyd.worker.protocol import LOCK, Spec
 from tests.processes import children, look_at
@@ -149,6 +150,9 @@ class FakeStarter:
     def probe_host(self) -> Fields:
         return Fields({"can_own_vms": None}, "report")
 
+    def find_candidates(self) -> Fields:
+        return Fields({"candidates": [], "unreadable": 1, "left_out": 2, "workers": 3}, "answer")
+
     def reap(self) -> None:
         pass
 
@@ -195,6 +199,10 @@ def test_a_host_has_only_so_many_vms(registry: Registry, web: Vm, monkeypatch: p
 
 def test_the_host_is_looked_at_by_a_worker(runtime: RuntimeDirectory) -> None:
     assert not Registry(runtime, FakeStarter(lambda *_: None)).probe_host().has("can_own_vms")
+
+
+def test_candidates_are_looked_for_by_a_worker(runtime: RuntimeDirectory) -> None:
+    assert Registry(runtime, FakeStarter(lambda *_: None)).find_candidates() == Found((), 1, 2, 3)
 
 
 # --- creating ------------------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from skeyd.vms import starter as starter_module
 from skeyd.vms.runtime import LOG, RuntimeDirectory, VmDirectory
 from skeyd.vms.session import Session
 from skeyd.vms.starter import ChildStarter
+from skeyd.worker.candidates import CANDIDATES_BYTES, Found
+from skeyd.worker.packets import Fields
 from tests.processes import Process, children, end, look_at, wait_for_end
 from tests.worker.specs import simulated
 
@@ -185,12 +187,35 @@ def test_the_host_is_looked_at_by_a_child_that_does_not_live_on(starter: ChildSt
     assert children() == before
 
 
-def test_a_probe_that_says_nonsense_is_an_error(
+def test_candidates_are_looked_for_by_a_child_that_does_not_live_on(starter: ChildStarter) -> None:
+    before = children()
+    Found.from_message(starter.find_candidates())
+    assert children() == before
+
+
+def test_an_answer_that_is_larger_than_a_packet_is_taken_up_to_its_bound(
     starter: ChildStarter, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = "print('{\"ok\": {\"unreadable\": 1}' + ' ' * %d + '}')"
+    _program(monkeypatch, runtime_dir, program % (CANDIDATES_BYTES - 40))
+    assert starter.find_candidates().integer("unreadable", 0, 1) == 1
+    _program(monkeypatch, runtime_dir, program % CANDIDATES_BYTES)
+    for ask in (starter.find_candidates, starter.probe_host):
+        with pytest.raises(SkeydError) as refused:
+            ask()
+        assert (refused.value.reason, refused.value.message) == (
+            Reason.WORKER_FAILED,
+            "the worker says more than it should",
+        )
+
+
+@pytest.mark.parametrize("ask", [ChildStarter.probe_host, ChildStarter.find_candidates])
+def test_a_probe_that_says_nonsense_is_an_error(
+    starter: ChildStarter, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch, ask: Callable[[ChildStarter], Fields]
 ) -> None:
     _program(monkeypatch, runtime_dir, "print('nonsense')")
     with pytest.raises(SkeydError) as refused:
-        starter.probe_host()
+        ask(starter)
     assert refused.value.reason is Reason.WORKER_FAILED
 
 

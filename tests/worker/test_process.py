@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 
 import skeyd
-from skeyd.worker.packets import MESSAGE_MAX, encode
+from skeyd.worker.candidates import Found
+from skeyd.worker.packets import MESSAGE_MAX, Fields, encode
 from skeyd.worker.protocol import BUFFER_BYTES, BUFFER_KEYS, LOCK, PROTOCOL, SLICE_KEYS, SOCKET
 from skeyd.worker.service import MAX_CONNECTIONS
 from tests.worker.processes import SECONDS, WORKER, Front, WorkerProcess, hung_up
@@ -55,10 +56,13 @@ def _imported(importtime: str) -> set[str]:
 # --- starting ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["probe", "vm"])
+@pytest.mark.parametrize("way", ["probe", "candidates", "vm"])
 def test_a_worker_loads_the_standard_library_and_its_own_part_of_skeyd_and_nothing_else(way: str, start: Start) -> None:
-    if way == "probe":
-        loaded = _imported(_run("-X", "importtime", WORKER, "probe").stderr.decode())
+    allowed = r"skeyd(\.(errors|gfn|linux|storage_key)|\.kvm(\.\w+)?|\.worker(\.\w+)?)?"
+    if way == "candidates":
+        allowed += r"|skeyd\.injection(\.\w+)?"
+    if way != "vm":
+        loaded = _imported(_run("-X", "importtime", WORKER, way).stderr.decode())
     else:
         worker = start(import_time=True)
         worker.first_line()
@@ -66,7 +70,6 @@ def test_a_worker_loads_the_standard_library_and_its_own_part_of_skeyd_and_nothi
         loaded = _imported(worker.process.communicate(timeout=SECONDS)[1].decode())
     own = {name for name in loaded if name.partition(".")[0] == "skeyd"}
     assert "skeyd.worker.service" in own
-    allowed = r"skeyd(\.(errors|gfn|linux|storage_key)|\.kvm(\.\w+)?|\.worker(\.\w+)?)?"
     assert {name for name in own if not re.fullmatch(allowed, name)} == set()
     others = {name.partition(".")[0] for name in loaded - own} - {
         "imported package",  # the heading
@@ -88,7 +91,14 @@ def test_a_probe_says_what_the_host_can_do_in_one_line() -> None:
         assert finding["detail"]
 
 
-@pytest.mark.parametrize("arguments", [[], ["vm"], ["vm", "3", "4"], ["probe", "x"], ["serve"]])
+def test_a_search_for_vms_says_in_one_line_what_it_found() -> None:
+    done = _run(WORKER, "candidates")
+    assert (done.returncode, done.stderr) == (0, b"")
+    (line,) = done.stdout.splitlines()
+    Found.from_message(Fields(json.loads(line)["ok"], "answer"))
+
+
+@pytest.mark.parametrize("arguments", [[], ["vm"], ["vm", "3", "4"], ["probe", "x"], ["candidates", "x"], ["serve"]])
 def test_a_worker_that_is_started_wrongly_says_how_it_is_done(arguments: list[str]) -> None:
     done = _run(WORKER, *arguments)
     assert done.returncode == 1

@@ -19,12 +19,14 @@ from skeyd.gfn import GfnRange, MemorySlot
 from skeyd.kvm import abi
 from skeyd.worker import adoption, protocol
 from skeyd.worker.adoption import Adoption, Vmm
+from skeyd.worker.candidates import CANDIDATES_MAX, FDS_MAX, Candidate, Found
 from skeyd.worker.outcomes import DIRTY_RANGES, OUTCOMES, REQUEST_ID, STATES, Begun, LastWrite
 from skeyd.worker.packets import MESSAGE_MAX, Fields, ProtocolError, decode, encode, error_message, take_answer
 from skeyd.worker.protocol import MAX_MEMORY, MAX_MEMORY_SLOTS, Hello, SlotSpec, Spec
 from tests.examples import examples
 from tests.worker.specs import UID
 
+VMM = Vmm(4712, 123_456, 64055, "/usr/bin/qemu-system-s390x", 13, "probed", "web")
 SPEC = Spec(
     "web-1",
     UID,
@@ -32,6 +34,7 @@ SPEC = Spec(
     (SlotSpec(0, 1 << 20, "memfd"), SlotSpec(1 << 30, 1 << 20, "file", "/g/m")),
     1_700_000_000,
     adoption=Adoption(4711, 123_456, 9, 1000),
+    vmm=VMM,
 )
 HELLO = Hello(
     "web-1",
@@ -43,20 +46,30 @@ HELLO = Hello(
     4711,
     1_700_000_000,
     (MemorySlot(0, GfnRange(0, 256), "vmm"), MemorySlot(1, GfnRange(512, 256), "vmm")),
-    vmm=Vmm(4712, 123_456, 64055, "/usr/bin/qemu-system-s390x", 13, "probed"),
+    vmm=VMM,
 )
 
+FOUND = Found(
+    (
+        Candidate(1, 2, 3, "/usr/bin/qemu-system-s390x", "web", (13, 14), 2, 1 << 30, 1 << 20),
+        Candidate(4, 5, 0, "", "", (), 0, 0, 0, "VMM_TRACED", "by whom"),
+    ),
+    6,
+    7,
+    8,
+)
 BEGUN = Begun("resumed", 512, 3, 0x89ABCDEF, True)
 LAST_WRITE = LastWrite("dirty", "mine", 512, 0x89ABCDEF, True, 600, (GfnRange(0, 1), GfnRange(8, 4)))
 
 READERS: dict[str, tuple[dict[str, Any], Callable[[Fields], object]]] = {
     "spec": (SPEC.to_message(), Spec.from_message),
     "hello": (HELLO.to_message(), Hello.from_message),
+    "found": (FOUND.to_message(), Found.from_message),
     "begun": (BEGUN.to_message(), Begun.from_message),
     "last_write": (LAST_WRITE.to_message(), LastWrite.from_message),
 }
 OF_A_VM = ("spec", "hello")
-LISTS = {"spec": "slots", "hello": "slots", "last_write": "dirty"}
+LISTS = {"spec": "slots", "hello": "slots", "found": "candidates", "last_write": "dirty"}
 
 NO_OBJECT: list[Any] = [None, True, 0, 1.5, "{}", []]
 NO_LIST: list[Any] = [None, True, 0, 1.5, "[]", {}]
@@ -70,6 +83,17 @@ BAD_UID = ["", UID[:-1], UID + "0", UID.upper(), UID.replace("-", ""), UID + "\n
 BAD_KIND = ["", "Owned", "adopt", "owned ", "none"]
 BAD_BACKING = ["", "ANONYMOUS", "hugetlb", "anonymous\n"]
 
+BAD_NAME = [*NO_TEXT[1:], "a" * 256, "a\n", "\u202e", "\ud800"]
+BAD_VMM: dict[tuple[str | int, ...], list[Any]] = {
+    ("vmm", "pid"): [*NO_INTEGER, -1, 0, (1 << 31) + 1],
+    ("vmm", "start_time"): [*NO_INTEGER, -1, 1 << 64],
+    ("vmm", "uid"): [*NO_INTEGER, -1, 1 << 32],
+    ("vmm", "executable"): [*NO_TEXT, LONG],
+    ("vmm", "fd"): [*NO_INTEGER, -1, 1 << 31],
+    ("vmm", "memory_source"): [*NO_TEXT, "", "qmp ", "Probed", "probed\n"],
+    ("vmm", "name"): BAD_NAME,
+}
+
 BAD: dict[str, dict[tuple[str | int, ...], list[Any]]] = {
     "spec": {
         ("protocol",): [*NO_INTEGER, 0, 1, 2, 4, -1],
@@ -80,9 +104,12 @@ BAD: dict[str, dict[tuple[str | int, ...], list[Any]]] = {
         ("simulated_kernel",): [*NO_TEXT, "", "6.1", "7.2 ", "latest"],
         ("adoption",): NO_OBJECT,
         ("adoption", "pid"): [*NO_INTEGER, -1, 0, (1 << 31) + 1],
-        ("adoption", "start_time"): [*NO_INTEGER, -1, (1 << 64) + 1],
+        ("adoption", "start_time"): [*NO_INTEGER, -1, 1 << 64],
         ("adoption", "fd"): [*NO_INTEGER, -2, 1 << 31],
         ("adoption", "hold_ms"): [*NO_INTEGER, -1, 0, 10_001],
+        ("adoption", "name"): BAD_NAME,
+        ("vmm",): NO_OBJECT[1:],
+        **BAD_VMM,
         ("slots",): [*NO_LIST, *([one] for one in NO_OBJECT)],
         ("slots", 1, "guest_phys_addr"): [*NO_INTEGER, -1, 1 << 64],
         ("slots", 1, "size"): [*NO_INTEGER, -1, 0, MAX_MEMORY + 1, 1 << 64],
@@ -101,17 +128,35 @@ BAD: dict[str, dict[tuple[str | int, ...], list[Any]]] = {
         ("pid",): [*NO_INTEGER, -1, 0, (1 << 31) + 1],
         ("created",): [*NO_INTEGER, -1, protocol.CREATED_MAX + 1],
         ("vmm",): NO_OBJECT,
-        ("vmm", "pid"): [*NO_INTEGER, -1, 0, (1 << 31) + 1],
-        ("vmm", "start_time"): [*NO_INTEGER, -1, (1 << 64) + 1],
-        ("vmm", "uid"): [*NO_INTEGER, -1, 1 << 32],
-        ("vmm", "executable"): [*NO_TEXT, LONG],
-        ("vmm", "fd"): [*NO_INTEGER, -1, 1 << 31],
-        ("vmm", "memory_source"): [*NO_TEXT, "", "qmp ", "Probed", "probed\n"],
+        **BAD_VMM,
         ("slots",): [*NO_LIST, *([one] for one in NO_OBJECT)],
         ("slots", 1, "slot"): [*NO_INTEGER, -1, MAX_MEMORY_SLOTS],
         ("slots", 1, "start"): [*NO_INTEGER, -1, 1 << 64],
         ("slots", 1, "count"): [*NO_INTEGER, -1, 0, (1 << 64) + 1],
         ("slots", 1, "backing"): [*NO_TEXT, *BAD_BACKING],
+    },
+    "found": {
+        ("candidates",): [
+            *NO_LIST,
+            *([one] for one in NO_OBJECT),
+            [FOUND.candidates[0].to_message()] * 2,
+            [one.to_message() for one in reversed(FOUND.candidates)],
+            [{}] * (CANDIDATES_MAX + 1),
+        ],
+        ("candidates", 1, "pid"): [*NO_INTEGER, -1, 0, (1 << 31) + 1],
+        ("candidates", 1, "start_time"): [*NO_INTEGER, -1, 1 << 64],
+        ("candidates", 1, "uid"): [*NO_INTEGER, -1, 1 << 32],
+        ("candidates", 1, "executable"): [*NO_TEXT, LONG, "a\n"],
+        ("candidates", 1, "name"): [None, *BAD_NAME],
+        ("candidates", 1, "vm_fds"): [*NO_LIST, *([one] for one in NO_INTEGER), [-1], [1 << 31], [4] * (FDS_MAX + 1)],
+        ("candidates", 1, "vcpus"): [*NO_INTEGER, -1, 1 << 32],
+        ("candidates", 1, "mapped"): [*NO_INTEGER, -1, 1 << 64],
+        ("candidates", 1, "resident"): [*NO_INTEGER, -1, 1 << 64],
+        ("candidates", 1, "refusal"): [*NO_TEXT, "VM_DEAD", "vmm_traced", "VMM_TRACED\n"],
+        ("candidates", 1, "refusal_detail"): [*NO_TEXT, LONG, "a\n"],
+        ("unreadable",): [*NO_INTEGER, -1, 1 << 32],
+        ("left_out",): [*NO_INTEGER, -1, 1 << 32],
+        ("workers",): [*NO_INTEGER, -1, 1 << 32],
     },
     "begun": {
         ("state",): [*NO_TEXT, "", "Begun", "kept", "applied\n"],
@@ -149,6 +194,8 @@ def _holder(message: dict[str, Any], place: tuple[str | int, ...]) -> Any:
     return holder
 
 
+MAY_BE_MISSING = (("adoption", "name"), ("vmm", "name"), ("vmm",))
+"""In a spec, which can be an older front's, and but for the last in a hello."""
 every_field = pytest.mark.parametrize(("kind", "place"), [one for kind in READERS for one in _places(kind)])
 
 
@@ -158,6 +205,7 @@ every_field = pytest.mark.parametrize(("kind", "place"), [one for kind in READER
 def test_the_messages_that_the_tests_break_are_good_before() -> None:
     assert Spec.from_message(_over_the_wire(SPEC.to_message())) == SPEC
     assert Hello.from_message(_over_the_wire(HELLO.to_message())) == HELLO
+    assert Found.from_message(_over_the_wire(FOUND.to_message())) == FOUND
     assert Begun.from_message(_over_the_wire(BEGUN.to_message())) == BEGUN
     assert LastWrite.from_message(_over_the_wire(LAST_WRITE.to_message())) == LAST_WRITE
 
@@ -173,6 +221,16 @@ def test_every_field_of_every_message_is_broken_by_some_test() -> None:
 
 
 _texts = st.text(st.characters().filter(str.isprintable), max_size=40)
+_vmms = st.builds(
+    Vmm,
+    st.integers(1, adoption.PID_MAX),
+    st.integers(0, (1 << 64) - 1),
+    st.integers(0, adoption.UID_MAX),
+    _texts,
+    st.integers(0, adoption.FD_MAX),
+    st.sampled_from(adoption.MEMORY_SOURCES),
+    _texts,
+)
 _frames = st.integers(0, (1 << 64) - 1).flatmap(
     lambda start: st.builds(GfnRange, st.just(start), st.integers(1, min(1 << 52, (1 << 64) - start)))
 )
@@ -199,11 +257,12 @@ _frames = st.integers(0, (1 << 64) - 1).flatmap(
         adoption=st.builds(
             Adoption,
             st.integers(1, adoption.PID_MAX),
-            st.integers(0, 1 << 64),
-            st.integers(0, adoption.FD_MAX),
+            st.integers(0, (1 << 64) - 1),
+            st.integers(-1, adoption.FD_MAX),
             st.integers(1, adoption.HOLD_MAX_MS),
-        ),
-    ).map(lambda spec: spec if spec.kind == "adopted" else replace(spec, adoption=None))
+        ).flatmap(lambda one: st.sampled_from((one, replace(one, pid=0, name="web")))),
+        vmm=st.none() | _vmms,
+    ).map(lambda spec: spec if spec.kind == "adopted" else replace(spec, adoption=None, vmm=None))
 )
 @settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_spec_arrives_as_it_was_written(spec: Spec) -> None:
@@ -213,7 +272,9 @@ def test_a_spec_arrives_as_it_was_written(spec: Spec) -> None:
 @pytest.mark.parametrize("kind", ["owned", "simulated"])
 def test_only_an_adopted_vm_is_another_processs(kind: str) -> None:
     with pytest.raises(ProtocolError, match=f"the adoption of a VM of kind {kind}"):
-        Spec.from_message(_over_the_wire(replace(SPEC, kind=kind).to_message()))
+        Spec.from_message(_over_the_wire(replace(SPEC, kind=kind, vmm=None).to_message()))
+    with pytest.raises(ProtocolError, match=f"the adoption of a VM of kind {kind}"):
+        Spec.from_message(_over_the_wire(replace(SPEC, kind=kind, adoption=None).to_message()))
     with pytest.raises(ProtocolError, match=f"the vmm of a VM of kind {kind}"):
         Hello.from_message(_over_the_wire(replace(HELLO, kind=kind).to_message()))
 
@@ -236,20 +297,26 @@ def test_only_an_adopted_vm_is_another_processs(kind: str) -> None:
             st.sampled_from(protocol.BACKINGS),
         ).map(lambda one: (one,)),
         keyop=st.booleans(),
-        vmm=st.builds(
-            Vmm,
-            st.integers(1, adoption.PID_MAX),
-            st.integers(0, 1 << 64),
-            st.integers(0, adoption.UID_MAX),
-            _texts,
-            st.integers(0, adoption.FD_MAX),
-            st.sampled_from(adoption.MEMORY_SOURCES),
-        ),
+        vmm=_vmms,
     ).map(lambda hello: hello if hello.kind == "adopted" else replace(hello, vmm=None))
 )
 @settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_hello_arrives_as_it_was_written(hello: Hello) -> None:
     assert Hello.from_message(decode(encode(hello.to_message()), "it")) == hello
+
+
+def test_a_vmm_is_known_by_its_pid_or_its_name() -> None:
+    assert SPEC.adoption is not None
+    for wrong in (replace(SPEC.adoption, name="web"), replace(SPEC.adoption, pid=0)):
+        with pytest.raises(ProtocolError, match="pid"):
+            Spec.from_message(_over_the_wire(replace(SPEC, adoption=wrong).to_message()))
+
+
+def test_who_is_older_than_names_has_none() -> None:
+    spec, hello = SPEC.to_message(), HELLO.to_message()
+    del spec["adoption"]["name"], spec["vmm"], hello["vmm"]["name"]
+    assert Spec.from_message(_over_the_wire(spec)) == replace(SPEC, vmm=None)
+    assert Hello.from_message(_over_the_wire(hello)) == replace(HELLO, vmm=replace(VMM, name=""))
 
 
 _counts = st.integers(0, 1 << 64)
@@ -330,6 +397,9 @@ def test_a_field_that_is_missing_is_refused_by_name(kind: str, place: tuple[str 
     good, read = READERS[kind]
     message = copy.deepcopy(good)
     del _holder(message, place)[place[-1]]
+    if place in MAY_BE_MISSING and (kind == "spec" or len(place) > 1):
+        read(_over_the_wire(message))
+        return
     with pytest.raises(ProtocolError, match=str(place[-1])):
         read(_over_the_wire(message))
 
