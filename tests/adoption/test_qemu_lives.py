@@ -11,11 +11,9 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-import grpc
 import pytest
 
 from skeyd.v1 import vm_pb2
@@ -23,7 +21,7 @@ from tests.adoption.test_qemu import KINDS, NAME, acc_and_f, adopt, buffers_in, 
 from tests.daemon import DaemonProcess
 from tests.injection.qemu import FRAMES, Qemu, require_qemu
 from tests.injection.victims import SECONDS, differences, look_at_process, wait_for
-from tests.rpc.stubs import Stubs
+from tests.rpc.stubs import Refusal, Stubs, chunk, commit, header
 
 pytestmark = pytest.mark.timeout(7200)
 
@@ -60,8 +58,8 @@ def test_adopting_again_and_again_leaves_qemu_as_it_was(daemon: DaemonProcess, q
         qemu.answers()
         before = look_at_process(qemu.pid)
         for cycle in range(CYCLES):
-            # Half of them find the memory themselves.
-            adopt(client, qemu, 64 if cycle % 2 else None)
+            # One in eight finds the memory itself, which takes longest.
+            adopt(client, qemu, 64 if cycle % 8 else None)
             start = rng.randrange(FRAMES - SOME)
             keys[start : start + SOME] = some_keys(cycle, SOME)
             stubs.set(NAME, [(start, bytes(keys[start : start + SOME]))])
@@ -84,17 +82,19 @@ def test_a_worker_that_is_killed_at_any_moment_leaves_qemu_answering(daemon: Dae
         for kill in range(KILLS):
             # QEMU's buffer, and what it was in the middle of, are the next worker's to find.
             worker = client.get_vm(NAME).worker_pid
-            call = threading.Thread(target=_set, args=(stubs, new))
+            told: list[Refusal | None] = []
+            call = threading.Thread(target=lambda told=told: told.append(_set(stubs, new)))
             call.start()
             call.join(rng.random() * whole * 1.1)
             os.kill(worker, signal.SIGKILL)
             call.join(SECONDS)
-            assert not call.is_alive()
+            # It was done just before, or the client is told.
+            assert [one and one.reason for one in told] in ([None], ["WORKER_LOST"], ["VM_DEAD"]), told
             qemu.answers()
             wait_for(lambda: client.get_vm(NAME).state == vm_pb2.VM_STATE_DEAD)
             client.delete_vm(NAME)
             # Each frame has a key that somebody set; and the next worker has it its way.
-            adopt(client, qemu, 64 if kill % 2 else None)
+            adopt(client, qemu, 64 if kill % 8 else None)
             found = acc_and_f(stubs.get(NAME).keys)
             assert all(key in pair for key, pair in zip(found, zip(old, new, strict=True), strict=True))
             stubs.set(NAME, [(0, old)])
@@ -104,6 +104,5 @@ def test_a_worker_that_is_killed_at_any_moment_leaves_qemu_answering(daemon: Dae
         assert acc_and_f(qemu.dumped()) == old
 
 
-def _set(stubs: Stubs, keys: bytes) -> None:
-    with suppress(grpc.RpcError):
-        stubs.set(NAME, [(0, keys)])
+def _set(stubs: Stubs, keys: bytes) -> Refusal | None:
+    return stubs.send(header(NAME, (0, FRAMES)), chunk(0, keys), commit())[1]
