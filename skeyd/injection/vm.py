@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Final, NoReturn, Self
@@ -19,6 +19,7 @@ from skeyd.injection.errors import (
     RefusedError,
     TimedOutError,
 )
+from skeyd.injection.frozen import Frozen
 from skeyd.injection.injection import Injection
 from skeyd.injection.target import Target
 from skeyd.kvm import abi
@@ -28,6 +29,11 @@ from skeyd.storage_key import FRAME_SIZE
 
 HEAD: Final = 64
 """Bytes at the buffer's beginning for an ioctl's argument; keys lie behind them."""
+
+FIRST_KEYS: Final = 16_384
+"""Keys in the first ioctl of a frozen read, of which nobody knows how long it takes."""
+_GROWTH: Final = 4
+"""How many times larger than the one before an ioctl of it is at most."""
 
 _SANDBOX: Final = (errno.EPERM, errno.EACCES, errno.ENOSYS)
 """What none of the ioctls answers: it is seccomp's answer then, or another security module's."""
@@ -84,6 +90,44 @@ class ForeignVm:
         with self._memory() as memory:
             return take_keyop(result, memory.read(0, abi.kvm_s390_keyop.size))
 
+    def read_frozen(
+        self, parts: Iterable[tuple[int, int]], into: memoryview, seconds: float, slice_seconds: float
+    ) -> bool:
+        """Fill `into` with the keys of parts, each (first gfn, count), end to end, while no thread of the process runs.
+
+        As get_skeys, but all of it is one slice: it takes `seconds` at most, TimedOutError, and an ioctl about
+        `slice_seconds`. For a process that ends afterwards: see Frozen.
+        """
+        self._require_vm()
+        end = time.monotonic() + seconds
+        with Frozen(self._target, seconds) as injection:
+            self._require_vm()
+            done, count = 0, FIRST_KEYS
+            for start, keys in parts:
+                gfn = start
+                while gfn < start + keys:
+                    count = min(count, start + keys - gfn, self._most)
+                    began = time.monotonic()
+                    if not self._read_held(injection, gfn, into[done : done + count], end):
+                        return False
+                    gfn, done = gfn + count, done + count
+                    count = _next_count(count, time.monotonic() - began, slice_seconds)
+        return True
+
+    def _read_held(self, injection: Injection, gfn: int, into: memoryview, end: float) -> bool:
+        request, pid = abi.KVM_S390_GET_SKEYS, self._target.pid
+        with self._memory() as memory:
+            memory.write(0, abi.kvm_s390_skeys.pack(gfn, into.nbytes, memory.address + HEAD, 0))
+            answer = None
+            while answer is None:
+                if time.monotonic() >= end:
+                    raise TimedOutError(pid, f"the keys of process {pid} were not all read in time")
+                answer = self._answer(injection, request, memory.address)
+            if not take_skeys(request, answer):
+                return False
+            memory.read_into(HEAD, into)
+        return True
+
     def close(self) -> None:
         """Unmap the buffer; nothing the second time, nor where the process has ended. It may be tried again."""
         if self._buffer is None:
@@ -111,23 +155,27 @@ class ForeignVm:
     def _ioctl(self, request: int, argument: int) -> int:
         end = time.monotonic() + self._seconds
         while True:
-            try:
-                with self._slice() as injection:
-                    return injection.ioctl(self._fd, request, argument)
-            except RefusedError as error:
-                if error.errno == errno.EINTR:
-                    # As in skeyd.kvm.ioctl, but not for ever: where it took too long it is we who interrupted it.
-                    if time.monotonic() < end:
-                        continue
-                    pid = self._target.pid
-                    raise TimedOutError(
-                        pid, f"{abi.NAMES[request]} in process {pid} was interrupted each time"
-                    ) from error
-                if error.by_seccomp or error.errno in _SANDBOX:
-                    raise
-                if error.errno in (errno.EBADF, errno.ENOTTY):
-                    self._require_vm()
-                raise KvmError(abi.NAMES[request], error.errno) from error
+            with self._slice() as injection:
+                answer = self._answer(injection, request, argument)
+            if answer is not None:
+                return answer
+            # As in skeyd.kvm.ioctl, but not for ever: where it took too long it is we who interrupted it.
+            if time.monotonic() >= end:
+                pid = self._target.pid
+                raise TimedOutError(pid, f"{abi.NAMES[request]} in process {pid} was interrupted each time")
+
+    def _answer(self, injection: Injection, request: int, argument: int) -> int | None:
+        """Make an ioctl: its answer, or None: it was interrupted, and is to be made again."""
+        try:
+            return injection.ioctl(self._fd, request, argument)
+        except RefusedError as error:
+            if error.errno == errno.EINTR:
+                return None
+            if error.by_seccomp or error.errno in _SANDBOX:
+                raise
+            if error.errno in (errno.EBADF, errno.ENOTTY):
+                self._require_vm()
+            raise KvmError(abi.NAMES[request], error.errno) from error
 
     @contextmanager
     def _slice(self) -> Iterator[Injection]:
@@ -183,3 +231,8 @@ class ForeignVm:
         except InjectionError:
             if error is None:
                 raise
+
+
+def _next_count(count: int, took: float, wanted: float) -> int:
+    # Never fewer than a few: what a call costs by itself would have it made for each key.
+    return max(FIRST_KEYS // 16, min(count * _GROWTH, int(count * wanted / max(took, 1e-9))))
