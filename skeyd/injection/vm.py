@@ -24,16 +24,12 @@ from skeyd.injection.injection import Injection
 from skeyd.injection.target import Target
 from skeyd.kvm import abi
 from skeyd.kvm.errors import KvmError
+from skeyd.kvm.slices import FIRST_KEYS, next_keys
 from skeyd.kvm.vm import take_keyop, take_skeys
 from skeyd.storage_key import FRAME_SIZE
 
 HEAD: Final = 64
 """Bytes at the buffer's beginning for an ioctl's argument; keys lie behind them."""
-
-FIRST_KEYS: Final = 16_384
-"""Keys in the first ioctl of a frozen read, of which nobody knows how long it takes."""
-_GROWTH: Final = 4
-"""How many times larger than the one before an ioctl of it is at most."""
 
 _SANDBOX: Final = (errno.EPERM, errno.EACCES, errno.ENOSYS)
 """What none of the ioctls answers: it is seccomp's answer then, or another security module's."""
@@ -111,7 +107,7 @@ class ForeignVm:
                     if not self._read_held(injection, gfn, into[done : done + count], end):
                         return False
                     gfn, done = gfn + count, done + count
-                    count = _next_count(count, time.monotonic() - began, slice_seconds)
+                    count = next_keys(count, time.monotonic() - began, slice_seconds)
         return True
 
     def _read_held(self, injection: Injection, gfn: int, into: memoryview, end: float) -> bool:
@@ -231,8 +227,3 @@ class ForeignVm:
         except InjectionError:
             if error is None:
                 raise
-
-
-def _next_count(count: int, took: float, wanted: float) -> int:
-    # Never fewer than a few: what a call costs by itself would have it made for each key.
-    return max(FIRST_KEYS // 16, min(count * _GROWTH, int(count * wanted / max(took, 1e-9))))
