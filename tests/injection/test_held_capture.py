@@ -119,7 +119,7 @@ def test_with_the_worker_it_ends_and_all_go_on() -> None:
         at = victim.counters()
 
         def worker() -> None:
-            HeldCapture(reading(victim.pid, spin), SECONDS)
+            HeldCapture(reading(victim.pid, spin), 10 * SECONDS)  # longer than is waited for here
             signal.pause()
 
         child = fork(worker)
