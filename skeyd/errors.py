@@ -55,6 +55,8 @@ class Reason(enum.Enum):
     VMM_MEMORY_UNKNOWN = "Where the VM has memory can't be found out, of a guest without storage keys for one; name it."
     VMM_STUCK = "The VMM's thread did not stop in time, or the call that it made did not end in time."
     VMM_UNSUITABLE = "What the VMM is, or has done, keeps calls from being made in it; the message says what."
+    FREEZE_EXPIRED = "The freeze_budget passed before all keys were read; what was held goes on, and none is given."
+    FREEZE_UNSUPPORTED = "The VM's worker is of an earlier build, which reads no keys of one moment."
     # the host
     KVM_UNAVAILABLE = "/dev/kvm is missing or not for the worker's user."
     CAP_S390_SKEYS_MISSING = "The kernel has no storage-key calls: it is no s390x host, or a very old one."

@@ -17,6 +17,15 @@ instructions that need the host wait for it."""
 MAX_SLICE_SECONDS: Final = 1.0
 """The same where a request asks for more. A slice is never over 262,144 keys, whatever it may take."""
 
+DEFAULT_FREEZE_SECONDS: Final = 1.0
+"""How long a VMM may stand still for a frozen read where the request doesn't say."""
+
+MIN_FREEZE_SECONDS: Final = 0.001
+"""The least that a request may say."""
+
+MAX_FREEZE_SECONDS: Final = 10.0
+"""The most. A guest that stands still for longer loses its connections, and its cluster takes it for dead."""
+
 MAX_RANGES: Final = 16_384
 """Most ranges in a request; as many fit into some 300 KiB."""
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
 import click
 
+from skeyd.cli.freezing import Freeze, freeze_options
 from skeyd.cli.interrupts import connect
 from skeyd.cli.options import (
     KEY_HEADS,
@@ -32,9 +33,17 @@ EXIT_DIFFERENT: Final = 6
 @click.argument("which", metavar="VM|FILE")
 @click.argument("ranges", metavar="[RANGE]...", type=RANGE, nargs=-1)
 @with_referenced_changed_option
+@freeze_options
 @json_option
 @click.pass_obj
-def digest(target: str, which: str, ranges: tuple[GfnRange, ...], with_referenced_changed: bool, as_json: bool) -> None:
+def digest(
+    target: str,
+    which: str,
+    ranges: tuple[GfnRange, ...],
+    with_referenced_changed: bool,
+    freeze: Freeze,
+    as_json: bool,
+) -> None:
     """Show the digest of the keys of all frames, or of RANGEs.
 
     Two guests whose digests are the same have the same keys on the same frames. It covers access-control bits and fetch
@@ -42,6 +51,8 @@ def digest(target: str, which: str, ranges: tuple[GfnRange, ...], with_reference
     """
     within = Ranges(ranges)
     if _is_file(which):
+        if freeze.frozen:
+            raise click.UsageError(f"--frozen is for a VM, and {which!r} is a file's name")
         name = click.format_filename(which)
         with Snapshot(Path(which)) as snapshot:
             side = FileSide(snapshot, within, with_referenced_changed=with_referenced_changed)
@@ -49,7 +60,7 @@ def digest(target: str, which: str, ranges: tuple[GfnRange, ...], with_reference
     else:
         name = vm_name(which)
         with connect(target) as client:
-            found = client.digest_skeys(name, within, with_referenced_changed=with_referenced_changed)
+            found = client.digest_skeys(name, within, with_referenced_changed=with_referenced_changed, **asdict(freeze))
     if as_json:
         show_json(
             {
@@ -58,6 +69,7 @@ def digest(target: str, which: str, ranges: tuple[GfnRange, ...], with_reference
                 "with_referenced_changed": with_referenced_changed,
                 "digest": found.node.sha256.hex() if found.node else None,
                 "keys": found.node.keys if found.node else 0,
+                "frozen": freeze.frozen,
             }
         )
     elif not found.uses_storage_keys:

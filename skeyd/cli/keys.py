@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from skeyd.cli.freezing import Freeze, freeze_options, shown
 from skeyd.cli.interrupts import connect
 from skeyd.cli.options import (
     KEY_HEADS,
@@ -49,11 +50,12 @@ class _Run:
 @keys.command()
 @click.argument("vm_id", metavar="VM")
 @click.argument("ranges", metavar="[RANGE]...", type=RANGE, nargs=-1)
+@freeze_options
 @json_option
 @click.pass_obj
-def get(target: str, vm_id: str, ranges: tuple[GfnRange, ...], as_json: bool) -> None:
+def get(target: str, vm_id: str, ranges: tuple[GfnRange, ...], freeze: Freeze, as_json: bool) -> None:
     """Show keys, of all frames or of RANGEs: a line for each run of frames with one key."""
-    with connect(target) as client, client.get_skeys(vm_name(vm_id), Ranges(ranges)) as stream:
+    with connect(target) as client, client.get_skeys(vm_name(vm_id), Ranges(ranges), **asdict(freeze)) as stream:
         runs = _runs(stream)
         if as_json:
             show_json(_runs_json(stream, runs))
@@ -61,6 +63,8 @@ def get(target: str, vm_id: str, ranges: tuple[GfnRange, ...], as_json: bool) ->
             click.echo("the guest uses no storage keys")
         else:
             _show_runs(runs)
+            if stream.frozen:
+                click.echo(shown(stream.frozen_seconds).removeprefix("; "))
 
 
 @keys.command("set")
@@ -83,19 +87,21 @@ def set_(
 @click.argument("vm_id", metavar="VM")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("ranges", metavar="[RANGE]...", type=RANGE, nargs=-1)
+@freeze_options
 @json_option
 @click.pass_obj
-def dump(target: str, vm_id: str, file: Path, ranges: tuple[GfnRange, ...], as_json: bool) -> None:
+def dump(target: str, vm_id: str, file: Path, ranges: tuple[GfnRange, ...], freeze: Freeze, as_json: bool) -> None:
     """Save keys, of all frames or of RANGEs, into FILE. It appears when it is whole."""
     name, place = vm_name(vm_id), _replaceable(file)
-    with connect(target) as client, client.get_skeys(name, Ranges(ranges)) as stream:
+    with connect(target) as client, client.get_skeys(name, Ranges(ranges), **asdict(freeze)) as stream:
         with _progress("dumping", stream.frames()) as told:
             saved = write_snapshot(place, stream, told)
         uses_keys = stream.uses_storage_keys
     if as_json:
-        show_json({"vm": name, "file": str(file), "keys": saved, "uses_storage_keys": uses_keys})
+        done = {"vm": name, "file": str(file), "keys": saved, "uses_storage_keys": uses_keys}
+        show_json({**done, "frozen": stream.frozen, "frozen_seconds": stream.frozen_seconds})
     elif uses_keys:
-        click.echo(f"{saved} keys of {name} saved in {click.format_filename(file)}")
+        click.echo(f"{saved} keys of {name} saved in {click.format_filename(file)}{shown(stream.frozen_seconds)}")
     else:
         click.echo(f"{name} uses no storage keys; {click.format_filename(file)} says so")
 
@@ -189,6 +195,8 @@ def _runs_json(stream: KeyStream, runs: Iterable[_Run]) -> dict[str, Any]:
         "uses_storage_keys": stream.uses_storage_keys,
         "runs": found,
         "gaps": gaps,
+        "frozen": stream.frozen,
+        "frozen_seconds": stream.frozen_seconds,
     }
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 import click
 
+from skeyd.cli.freezing import Freeze, freeze_options
 from skeyd.cli.interrupts import connect
 from skeyd.cli.options import KEY_HEADS, RANGE, json_option, key_columns, show_json, vm_name
 from skeyd.gfn import GfnRange, Ranges
@@ -15,13 +16,14 @@ from skeyd.storage_key import StorageKey
 @click.command()
 @click.argument("vm_id", metavar="VM")
 @click.argument("ranges", metavar="[RANGE]...", type=RANGE, nargs=-1)
+@freeze_options
 @json_option
 @click.pass_obj
-def summary(target: str, vm_id: str, ranges: tuple[GfnRange, ...], as_json: bool) -> None:
+def summary(target: str, vm_id: str, ranges: tuple[GfnRange, ...], freeze: Freeze, as_json: bool) -> None:
     """Count keys, of all frames or of RANGEs: a line for each key that a frame has, and how the keys lie."""
     name = vm_name(vm_id)
     with connect(target) as client:
-        found = client.summarize_skeys(name, Ranges(ranges))
+        found = client.summarize_skeys(name, Ranges(ranges), **asdict(freeze))
     summed = found.summary
     longest = summed.longest_run
     if as_json:
@@ -38,6 +40,7 @@ def summary(target: str, vm_id: str, ranges: tuple[GfnRange, ...], as_json: bool
                 ],
                 "runs": summed.runs,
                 "longest_run": run,
+                "frozen": freeze.frozen,
             }
         )
         return

@@ -11,6 +11,7 @@ import grpc
 
 from skeyd.client.digesting import Digest, digest_of, digest_request
 from skeyd.client.errors import ClientError, client_error, translated
+from skeyd.client.freezing import require_frozen, set_frozen
 from skeyd.client.reading import Keys, KeyStream, Position, get_skeys_response
 from skeyd.client.single import OneKey, OneKeySet, one_key, one_key_set
 from skeyd.client.slices import set_slice_time
@@ -141,12 +142,16 @@ class Client:
         encodings: Iterable[int] = codec.KNOWN,
         resume: Position | None = None,
         slice_seconds: float | None = None,
+        frozen: bool = False,
+        freeze_seconds: float | None = None,
     ) -> Iterator[KeyStream]:
         """Read keys: `with client.get_skeys("vms/a") as stream: for part in stream: …`. Leaving it ends the call.
 
         `resume` goes on with a stream that was cut, at its `position`; all else must be as it was then. `encodings` are
         those of skeyd.encoding.codec that the daemon may choose from; none but RAW is cheapest on one's own machine.
         `slice_seconds` is how long one ioctl may keep the kernel's lock, about, if not as long as the daemon says.
+        `frozen`: all keys are of one moment, for which the VMM of an adopted VM stands still, `freeze_seconds` at most;
+        such a stream can't be resumed. StreamError where the daemon doesn't say that they are.
         """
         request = storage_key_service_pb2.GetSkeysRequest(
             vm=vm,
@@ -159,9 +164,12 @@ class Client:
             request.resume.incarnation = resume.incarnation
             request.resume.crc32 = resume.crc32
         set_slice_time(request, slice_seconds)
+        set_frozen(request, frozen, freeze_seconds)
         call = self._get_skeys(request)
         try:
-            yield KeyStream(call, resume)
+            stream = KeyStream(call, resume)
+            require_frozen(stream.header, frozen)
+            yield stream
         finally:
             call.cancel()
 
@@ -173,18 +181,22 @@ class Client:
         with_referenced_changed: bool = False,
         node: tuple[int, int] | None = None,
         slice_seconds: float | None = None,
+        frozen: bool = False,
+        freeze_seconds: float | None = None,
         seconds: float = BULK_SECONDS,
     ) -> Digest:
         """Digest keys where they are. `node`: (level, first gfn) of a node of the tree; None: the root.
 
-        `slice_seconds` as in get_skeys; `seconds` is the deadline.
+        `slice_seconds`, `frozen` and `freeze_seconds` as in get_skeys; `seconds` is the deadline.
 
         StreamError where the answer does not fit together.
         """
         request = digest_request(vm, ranges, with_referenced_changed, node)
         set_slice_time(request, slice_seconds)
+        set_frozen(request, frozen, freeze_seconds)
         with translated():
             response = self._keys.DigestSkeys(request, timeout=seconds)
+        require_frozen(response, frozen)
         return digest_of(response, node, with_referenced_changed=with_referenced_changed)
 
     def summarize_skeys(
@@ -193,13 +205,17 @@ class Client:
         ranges: Iterable[GfnRange] = (),
         *,
         slice_seconds: float | None = None,
+        frozen: bool = False,
+        freeze_seconds: float | None = None,
         seconds: float = BULK_SECONDS,
     ) -> VmSummary:
-        """Count keys where they are. StreamError where the answer does not fit together. Times as in digest_skeys."""
+        """Count keys where they are. StreamError where the answer does not fit together. Else as digest_skeys."""
         request = summarize_request(vm, ranges)
         set_slice_time(request, slice_seconds)
+        set_frozen(request, frozen, freeze_seconds)
         with translated():
             response = self._keys.SummarizeSkeys(request, timeout=seconds)
+        require_frozen(response, frozen)
         return summary_of(response)
 
     def set_skeys(

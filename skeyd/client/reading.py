@@ -73,6 +73,10 @@ class KeyStream:
             )
         if resume is None:
             resume = Position(self.ranges[0].start if self.ranges else 0, self.header.incarnation, 0, 0, 0)
+        self.frozen = self.header.consistency == pb.CONSISTENCY_FROZEN
+        """All keys are of one moment."""
+        self.frozen_seconds: float | None = None
+        """How long the VMM stood still for them, after a whole stream; None before, and where nothing was frozen."""
         self.position = resume
         """After what was given out last. To resume there is to get exactly what would have followed."""
 
@@ -125,6 +129,8 @@ class KeyStream:
         told = (trailer.keys, trailer.gap_frames, trailer.crc32)
         if told != (self.position.keys, self.position.gap_frames, self.position.crc32):
             raise StreamError("the stream's end does not match what came before it")
+        if self.frozen:
+            self.frozen_seconds = trailer.frozen_time.seconds + trailer.frozen_time.nanos / 1e9
         with translated():
             if next(self._responses, None) is not None:
                 raise StreamError("the stream goes on after its trailer")

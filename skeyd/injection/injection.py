@@ -223,6 +223,8 @@ class Injection:
                 case Stop.SIGNAL:
                     self._keep_faults(tracee, stopped.signal, call)
                     self._put_back(tracee)
+                    # Before it goes on, so that it stops again in front of the handler's first instruction.
+                    tracee.interrupt()
                     tracee.go_on(stopped.signal)
                     return None
                 case Stop.SYSCALL:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Final, NoReturn, Self
@@ -19,10 +19,12 @@ from skeyd.injection.errors import (
     RefusedError,
     TimedOutError,
 )
+from skeyd.injection.frozen import Frozen
 from skeyd.injection.injection import Injection
 from skeyd.injection.target import Target
 from skeyd.kvm import abi
 from skeyd.kvm.errors import KvmError
+from skeyd.kvm.slices import FIRST_KEYS, next_keys
 from skeyd.kvm.vm import take_keyop, take_skeys
 from skeyd.storage_key import FRAME_SIZE
 
@@ -111,6 +113,44 @@ class ForeignVm:
         with self._memory() as memory:
             return take_keyop(result, memory.read(0, abi.kvm_s390_keyop.size))
 
+    def read_frozen(
+        self, parts: Iterable[tuple[int, int]], into: memoryview, seconds: float, slice_seconds: float
+    ) -> bool:
+        """Fill `into` with the keys of parts, each (first gfn, count), end to end, while no thread of the process runs.
+
+        As get_skeys, but all of it is one slice: it takes `seconds` at most, TimedOutError, and an ioctl about
+        `slice_seconds`. For a process that ends afterwards: see Frozen.
+        """
+        self._require_vm()
+        end = time.monotonic() + seconds
+        with Frozen(self._target, seconds) as injection:
+            self._require_vm()
+            done, count = 0, FIRST_KEYS
+            for start, keys in parts:
+                gfn = start
+                while gfn < start + keys:
+                    count = min(count, start + keys - gfn, self._most)
+                    began = time.monotonic()
+                    if not self._read_held(injection, gfn, into[done : done + count], end):
+                        return False
+                    gfn, done = gfn + count, done + count
+                    count = next_keys(count, time.monotonic() - began, slice_seconds)
+        return True
+
+    def _read_held(self, injection: Injection, gfn: int, into: memoryview, end: float) -> bool:
+        request, pid = abi.KVM_S390_GET_SKEYS, self._target.pid
+        with self._memory() as memory:
+            memory.write(0, abi.kvm_s390_skeys.pack(gfn, into.nbytes, memory.address + HEAD, 0))
+            answer = None
+            while answer is None:
+                if time.monotonic() >= end:
+                    raise TimedOutError(pid, f"the keys of process {pid} were not all read in time")
+                answer = self._answer(injection, request, memory.address)
+            if not take_skeys(request, answer):
+                return False
+            memory.read_into(HEAD, into)
+        return True
+
     def close(self) -> None:
         """Unmap the buffer; nothing the second time, nor where the process has ended. It may be tried again."""
         if self._buffer is None:
@@ -138,54 +178,60 @@ class ForeignVm:
     def _ioctl(self, request: int, argument: int) -> int:
         end = time.monotonic() + self._seconds
         while True:
-            try:
-                with self._slice() as injection:
-                    return injection.ioctl(self._fd, request, argument)
-            except RefusedError as error:
-                self._refused(request, error, end)
+            with self._slice() as injection:
+                answer = self._answer(injection, request, argument)
+            if answer is not None:
+                return answer
+            self._require_time(request, end)
 
-    def _refused(self, request: int, error: RefusedError, end: float) -> None:
-        # Returns where it is to be made again.
-        if error.errno == errno.EINTR:
-            # As in skeyd.kvm.ioctl, but not for ever: where it took too long it is we who interrupted it.
-            if time.monotonic() < end:
-                return
-            pid = self._target.pid
-            raise TimedOutError(pid, f"{abi.NAMES[request]} in process {pid} was interrupted each time") from error
-        if error.by_seccomp or error.errno in _SANDBOX:
-            raise error
-        if error.errno in (errno.EBADF, errno.ENOTTY):
-            self._require_vm()
-        raise KvmError(abi.NAMES[request], error.errno) from error
+    def _answer(self, injection: Injection, request: int, argument: int) -> int | None:
+        """Make an ioctl: its answer, or None: it was interrupted, and is to be made again."""
+        try:
+            return injection.ioctl(self._fd, request, argument)
+        except RefusedError as error:
+            if error.errno == errno.EINTR:
+                return None
+            if error.by_seccomp or error.errno in _SANDBOX:
+                raise
+            if error.errno in (errno.EBADF, errno.ENOTTY):
+                self._require_vm()
+            raise KvmError(abi.NAMES[request], error.errno) from error
 
     def _first_taken(self, address: int, count: int) -> int | None:
         # Make GETs with one argument after another, until one succeeds.
-        request, index = abi.KVM_S390_GET_SKEYS, 0
-        end = time.monotonic() + self._seconds
+        index, end = 0, time.monotonic() + self._seconds
         while index < count:
-            try:
-                with self._slice() as injection:
-                    least, slice_end = index + _SLICE_CALLS, time.monotonic() + _SLICE_SECONDS
-                    while index < count and (index < least or time.monotonic() < slice_end):
-                        if self._is_taken(injection, address + index * abi.kvm_s390_skeys.size):
-                            return index
-                        index += 1
-            except RefusedError as error:
-                self._refused(request, error, end)
+            with self._slice() as injection:
+                least, slice_end = index + _SLICE_CALLS, time.monotonic() + _SLICE_SECONDS
+                while index < count and (index < least or time.monotonic() < slice_end):
+                    taken = self._is_taken(injection, address + index * abi.kvm_s390_skeys.size)
+                    if taken is None:
+                        break
+                    if taken:
+                        return index
+                    index, end = index + 1, time.monotonic() + self._seconds
+            self._require_time(abi.KVM_S390_GET_SKEYS, end)
         return None
 
-    def _is_taken(self, injection: Injection, argument: int) -> bool:
+    def _is_taken(self, injection: Injection, argument: int) -> bool | None:
+        # None: it was interrupted.
         try:
-            take_skeys(abi.KVM_S390_GET_SKEYS, injection.ioctl(self._fd, abi.KVM_S390_GET_SKEYS, argument))
+            answer = self._answer(injection, abi.KVM_S390_GET_SKEYS, argument)
+            if answer is None:
+                return None
+            take_skeys(abi.KVM_S390_GET_SKEYS, answer)
         except KvmError as error:
             if error.errno != errno.EFAULT:
                 raise
             return False
-        except RefusedError as error:
-            if error.by_seccomp or error.errno != errno.EFAULT:
-                raise
-            return False
         return True
+
+    def _require_time(self, request: int, end: float) -> None:
+        # As in skeyd.kvm.ioctl, calls that are interrupted are made again, but not for ever: where they took too long it is
+        # we who interrupted them.
+        if time.monotonic() >= end:
+            pid = self._target.pid
+            raise TimedOutError(pid, f"{abi.NAMES[request]} in process {pid} was interrupted each time")
 
     @contextmanager
     def _slice(self) -> Iterator[Injection]:

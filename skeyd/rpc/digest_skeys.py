@@ -5,7 +5,7 @@ from __future__ import annotations
 from skeyd.digest import ROOT_LEVEL, Digester, Node, frames_of, is_node
 from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import Ranges
-from skeyd.rpc import convert
+from skeyd.rpc import consistency, convert
 from skeyd.rpc.bulk import parts_of, slice_seconds_of
 from skeyd.rpc.calls import note
 from skeyd.rpc.ending import Call, hanging_up
@@ -23,14 +23,20 @@ def digest_skeys(
     note(vm=request.vm)
     asked = convert.ranges_of(request.ranges)
     slice_seconds = slice_seconds_of(request)
+    freeze_seconds = consistency.freeze_seconds_of(request)
     level, start = _node_of(request)
     with streams.taken(request.vm), hanging_up(call) as hang_up, registry.session(vm_id, hang_up) as session:
         ranges = check_ranges(session.memory_map, asked)
-        answer = pb.DigestSkeysResponse(uses_storage_keys=session.uses_keys(), incarnation=session.hello.incarnation)
-        if not answer.uses_storage_keys:
-            return answer
         # What is below the node and has keys, and nothing else, is read.
         wanted = Ranges(session.memory_map.mapped.shared(ranges.shared([frames_of(level, start)])))
+        uses_keys, _ = consistency.begin(session, wanted, freeze_seconds, slice_seconds)
+        answer = pb.DigestSkeysResponse(
+            uses_storage_keys=uses_keys,
+            incarnation=session.hello.incarnation,
+            consistency=consistency.message(freeze_seconds),
+        )
+        if not uses_keys:
+            return answer
         digester = Digester(with_referenced_changed=request.with_referenced_changed)
         for frames, keys in parts_of(session, wanted, slice_seconds, call):
             if keys is not None:

@@ -8,7 +8,7 @@ from contextlib import closing
 from skeyd.checksum import crc32_joined
 from skeyd.encoding import codec
 from skeyd.errors import Reason, SkeydError
-from skeyd.rpc import convert
+from skeyd.rpc import consistency, convert
 from skeyd.rpc.calls import note
 from skeyd.rpc.chunks import write_down
 from skeyd.rpc.ending import Call, hanging_up
@@ -47,6 +47,11 @@ class _Asked:
             request.max_slice_time if request.HasField("max_slice_time") else None
         )
         self.resume = request.resume if request.HasField("resume") else None
+        self.freeze_seconds = consistency.freeze_seconds_of(request)
+        if self.resume is not None and self.freeze_seconds is not None:
+            raise SkeydError(
+                Reason.REQUEST_INVALID, "resume goes on with keys of another moment, and CONSISTENCY_FROZEN is of one"
+            )
 
 
 def _parts(
@@ -68,7 +73,10 @@ def _parts(
         note(resumed_at=hex(start_at))
         if not keys and crc32:
             raise SkeydError(Reason.REQUEST_INVALID, f"no key comes before gfn {start_at:#x}, so resume.crc32 is 0")
-    uses_keys = session.uses_keys()
+    uses_keys, frozen_time = consistency.begin(session, ranges, asked.freeze_seconds, asked.slice_seconds)
+    ended = pb.GetSkeysResponse.Trailer()
+    if asked.freeze_seconds is not None:
+        ended.frozen_time.CopyFrom(convert.duration_message(frozen_time))
     yield pb.GetSkeysResponse(
         header=pb.GetSkeysResponse.Header(
             vm=request.vm,
@@ -82,10 +90,11 @@ def _parts(
             kind=convert.kind_message(hello.kind),
             encodings=[pb.Encoding.Value(codec.NAMES[one]) for one in asked.encodings],
             max_slice_time=convert.duration_message(asked.slice_seconds),
+            consistency=consistency.message(asked.freeze_seconds),
         )
     )
     if not uses_keys:
-        yield pb.GetSkeysResponse(trailer=pb.GetSkeysResponse.Trailer())
+        yield pb.GetSkeysResponse(trailer=ended)
         return
     for part in read_chunks(session, ranges, asked.chunk_keys, Pace(asked.slice_seconds), start_at):
         count = part.frames.count
@@ -98,5 +107,5 @@ def _parts(
         crc32 = crc32_joined(crc32, chunk_crc32, count)
         note(keys=keys)
         yield message
-    trailer = pb.GetSkeysResponse.Trailer(keys=keys, gap_frames=gap_frames, crc32=crc32)
-    yield pb.GetSkeysResponse(trailer=trailer)
+    ended.keys, ended.gap_frames, ended.crc32 = keys, gap_frames, crc32
+    yield pb.GetSkeysResponse(trailer=ended)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from skeyd.rpc import convert
+from skeyd.rpc import consistency, convert
 from skeyd.rpc.bulk import parts_of, slice_seconds_of
 from skeyd.rpc.calls import note
 from skeyd.rpc.ending import Call, hanging_up
@@ -21,11 +21,17 @@ def summarize_skeys(
     note(vm=request.vm)
     asked = convert.ranges_of(request.ranges)
     slice_seconds = slice_seconds_of(request)
+    freeze_seconds = consistency.freeze_seconds_of(request)
     summarizer, gap_frames = Summarizer(), 0
     with streams.taken(request.vm), hanging_up(call) as hang_up, registry.session(vm_id, hang_up) as session:
         ranges = check_ranges(session.memory_map, asked)
-        answer = pb.SummarizeSkeysResponse(uses_storage_keys=session.uses_keys(), incarnation=session.hello.incarnation)
-        if not answer.uses_storage_keys:
+        uses_keys, _ = consistency.begin(session, ranges, freeze_seconds, slice_seconds)
+        answer = pb.SummarizeSkeysResponse(
+            uses_storage_keys=uses_keys,
+            incarnation=session.hello.incarnation,
+            consistency=consistency.message(freeze_seconds),
+        )
+        if not uses_keys:
             return answer
         beginnings = {one.start for one in ranges}
         for frames, keys in parts_of(session, ranges, slice_seconds, call):

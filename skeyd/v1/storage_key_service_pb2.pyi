@@ -49,6 +49,36 @@ ENCODING_ZSTD: Encoding.ValueType  # 3
 """One Zstandard frame that says its content's size."""
 global___Encoding = Encoding
 
+class _Consistency:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ConsistencyEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Consistency.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    CONSISTENCY_UNSPECIFIED: _Consistency.ValueType  # 0
+    """Not said: live."""
+    CONSISTENCY_LIVE: _Consistency.ValueType  # 1
+    """The guest runs on: each ioctl is of a moment of its own."""
+    CONSISTENCY_FROZEN: _Consistency.ValueType  # 2
+    """All keys are of one moment. Of an adopted VM all threads of the VMM are held while they are read, for `freeze_budget`
+    at most and however long they then take to be sent; of others nobody sets a key meanwhile, and nothing is held, since
+    nobody runs them.
+    """
+
+class Consistency(_Consistency, metaclass=_ConsistencyEnumTypeWrapper):
+    """Of which moment keys are."""
+
+CONSISTENCY_UNSPECIFIED: Consistency.ValueType  # 0
+"""Not said: live."""
+CONSISTENCY_LIVE: Consistency.ValueType  # 1
+"""The guest runs on: each ioctl is of a moment of its own."""
+CONSISTENCY_FROZEN: Consistency.ValueType  # 2
+"""All keys are of one moment. Of an adopted VM all threads of the VMM are held while they are read, for `freeze_budget`
+at most and however long they then take to be sent; of others nobody sets a key meanwhile, and nothing is held, since
+nobody runs them.
+"""
+global___Consistency = Consistency
+
 class _OnInterrupt:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -167,10 +197,16 @@ class GetSkeysRequest(google.protobuf.message.Message):
     ENCODINGS_FIELD_NUMBER: builtins.int
     RESUME_FIELD_NUMBER: builtins.int
     MAX_SLICE_TIME_FIELD_NUMBER: builtins.int
+    CONSISTENCY_FIELD_NUMBER: builtins.int
+    FREEZE_BUDGET_FIELD_NUMBER: builtins.int
     vm: builtins.str
     """"vms/{vm}"."""
     max_chunk_keys: builtins.int
     """Most keys in a Chunk, 1 to 1,048,576; 0: 262,144. A message stays below gRPC's default limit of 4 MiB."""
+    consistency: global___Consistency.ValueType
+    """Of which moment the keys are to be. INVALID_ARGUMENT REQUEST_INVALID for CONSISTENCY_FROZEN with `resume`, since what
+    would follow is of another moment, and with more than 67,108,864 frames that have memory.
+    """
     @property
     def ranges(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[skeyd.v1.vm_pb2.GfnRange]:
         """Ranges, ascending and apart, at most 16,384. The first and last frame of each must be in a memory slot; what lies
@@ -191,6 +227,12 @@ class GetSkeysRequest(google.protobuf.message.Message):
         as long as that.
         """
 
+    @property
+    def freeze_budget(self) -> google.protobuf.duration_pb2.Duration:
+        """With CONSISTENCY_FROZEN, and without it REQUEST_INVALID: how long the VMM may stand still at most, 1 ms to 10 s; not
+        set: 1 s. What can't be read in that time is not given: DEADLINE_EXCEEDED FREEZE_EXPIRED.
+        """
+
     def __init__(
         self,
         *,
@@ -200,9 +242,11 @@ class GetSkeysRequest(google.protobuf.message.Message):
         encodings: collections.abc.Iterable[global___Encoding.ValueType] | None = ...,
         resume: global___GetSkeysRequest.Resume | None = ...,
         max_slice_time: google.protobuf.duration_pb2.Duration | None = ...,
+        consistency: global___Consistency.ValueType = ...,
+        freeze_budget: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["max_slice_time", b"max_slice_time", "resume", b"resume"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["encodings", b"encodings", "max_chunk_keys", b"max_chunk_keys", "max_slice_time", b"max_slice_time", "ranges", b"ranges", "resume", b"resume", "vm", b"vm"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["freeze_budget", b"freeze_budget", "max_slice_time", b"max_slice_time", "resume", b"resume"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["consistency", b"consistency", "encodings", b"encodings", "freeze_budget", b"freeze_budget", "max_chunk_keys", b"max_chunk_keys", "max_slice_time", b"max_slice_time", "ranges", b"ranges", "resume", b"resume", "vm", b"vm"]) -> None: ...
 
 global___GetSkeysRequest = GetSkeysRequest
 
@@ -229,6 +273,7 @@ class GetSkeysResponse(google.protobuf.message.Message):
         KIND_FIELD_NUMBER: builtins.int
         ENCODINGS_FIELD_NUMBER: builtins.int
         MAX_SLICE_TIME_FIELD_NUMBER: builtins.int
+        CONSISTENCY_FIELD_NUMBER: builtins.int
         vm: builtins.str
         """"vms/{vm}"."""
         uid: builtins.str
@@ -243,6 +288,10 @@ class GetSkeysResponse(google.protobuf.message.Message):
         """The kernel below the VM, or the simulated generation."""
         kind: skeyd.v1.vm_pb2.VmKind.ValueType
         """Owned or simulated."""
+        consistency: global___Consistency.ValueType
+        """Of which moment the keys are: CONSISTENCY_LIVE or CONSISTENCY_FROZEN. They were read before this header was sent where
+        it is the second.
+        """
         @property
         def memory_slots(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[skeyd.v1.vm_pb2.MemorySlot]:
             """Memory slots, ascending."""
@@ -273,9 +322,10 @@ class GetSkeysResponse(google.protobuf.message.Message):
             kind: skeyd.v1.vm_pb2.VmKind.ValueType = ...,
             encodings: collections.abc.Iterable[global___Encoding.ValueType] | None = ...,
             max_slice_time: google.protobuf.duration_pb2.Duration | None = ...,
+            consistency: global___Consistency.ValueType = ...,
         ) -> None: ...
         def HasField(self, field_name: typing.Literal["max_slice_time", b"max_slice_time"]) -> builtins.bool: ...
-        def ClearField(self, field_name: typing.Literal["encodings", b"encodings", "frame_size", b"frame_size", "incarnation", b"incarnation", "kernel", b"kernel", "kind", b"kind", "max_slice_time", b"max_slice_time", "memory_slots", b"memory_slots", "ranges", b"ranges", "uid", b"uid", "uses_storage_keys", b"uses_storage_keys", "vm", b"vm"]) -> None: ...
+        def ClearField(self, field_name: typing.Literal["consistency", b"consistency", "encodings", b"encodings", "frame_size", b"frame_size", "incarnation", b"incarnation", "kernel", b"kernel", "kind", b"kind", "max_slice_time", b"max_slice_time", "memory_slots", b"memory_slots", "ranges", b"ranges", "uid", b"uid", "uses_storage_keys", b"uses_storage_keys", "vm", b"vm"]) -> None: ...
 
     @typing.final
     class Gap(google.protobuf.message.Message):
@@ -306,20 +356,27 @@ class GetSkeysResponse(google.protobuf.message.Message):
         KEYS_FIELD_NUMBER: builtins.int
         GAP_FRAMES_FIELD_NUMBER: builtins.int
         CRC32_FIELD_NUMBER: builtins.int
+        FROZEN_TIME_FIELD_NUMBER: builtins.int
         keys: builtins.int
         """Keys sent in all chunks."""
         gap_frames: builtins.int
         """Frames in all gaps."""
         crc32: builtins.int
         """CRC-32 of all keys sent, in order; 0 if there were none."""
+        @property
+        def frozen_time(self) -> google.protobuf.duration_pb2.Duration:
+            """With CONSISTENCY_FROZEN: how long the VMM stood still; 0 where nothing had to be held."""
+
         def __init__(
             self,
             *,
             keys: builtins.int = ...,
             gap_frames: builtins.int = ...,
             crc32: builtins.int = ...,
+            frozen_time: google.protobuf.duration_pb2.Duration | None = ...,
         ) -> None: ...
-        def ClearField(self, field_name: typing.Literal["crc32", b"crc32", "gap_frames", b"gap_frames", "keys", b"keys"]) -> None: ...
+        def HasField(self, field_name: typing.Literal["frozen_time", b"frozen_time"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["crc32", b"crc32", "frozen_time", b"frozen_time", "gap_frames", b"gap_frames", "keys", b"keys"]) -> None: ...
 
     HEADER_FIELD_NUMBER: builtins.int
     CHUNK_FIELD_NUMBER: builtins.int
@@ -846,10 +903,14 @@ class DigestSkeysRequest(google.protobuf.message.Message):
     WITH_REFERENCED_CHANGED_FIELD_NUMBER: builtins.int
     NODE_FIELD_NUMBER: builtins.int
     MAX_SLICE_TIME_FIELD_NUMBER: builtins.int
+    CONSISTENCY_FIELD_NUMBER: builtins.int
+    FREEZE_BUDGET_FIELD_NUMBER: builtins.int
     vm: builtins.str
     """"vms/{vm}"."""
     with_referenced_changed: builtins.bool
     """Cover the referenced and changed bits too. They change as the guest runs."""
+    consistency: global___Consistency.ValueType
+    """As in GetSkeysRequest."""
     @property
     def ranges(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[skeyd.v1.vm_pb2.GfnRange]:
         """As in GetSkeysRequest. The digest depends on which frames the ranges hold, and not on how they are cut."""
@@ -862,6 +923,10 @@ class DigestSkeysRequest(google.protobuf.message.Message):
     def max_slice_time(self) -> google.protobuf.duration_pb2.Duration:
         """As in GetSkeysRequest."""
 
+    @property
+    def freeze_budget(self) -> google.protobuf.duration_pb2.Duration:
+        """As in GetSkeysRequest."""
+
     def __init__(
         self,
         *,
@@ -870,9 +935,11 @@ class DigestSkeysRequest(google.protobuf.message.Message):
         with_referenced_changed: builtins.bool = ...,
         node: global___DigestSkeysRequest.NodeId | None = ...,
         max_slice_time: google.protobuf.duration_pb2.Duration | None = ...,
+        consistency: global___Consistency.ValueType = ...,
+        freeze_budget: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["max_slice_time", b"max_slice_time", "node", b"node"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["max_slice_time", b"max_slice_time", "node", b"node", "ranges", b"ranges", "vm", b"vm", "with_referenced_changed", b"with_referenced_changed"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["freeze_budget", b"freeze_budget", "max_slice_time", b"max_slice_time", "node", b"node"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["consistency", b"consistency", "freeze_budget", b"freeze_budget", "max_slice_time", b"max_slice_time", "node", b"node", "ranges", b"ranges", "vm", b"vm", "with_referenced_changed", b"with_referenced_changed"]) -> None: ...
 
 global___DigestSkeysRequest = DigestSkeysRequest
 
@@ -915,10 +982,13 @@ class DigestSkeysResponse(google.protobuf.message.Message):
     BRANCH_FIELD_NUMBER: builtins.int
     CHILDREN_FIELD_NUMBER: builtins.int
     INCARNATION_FIELD_NUMBER: builtins.int
+    CONSISTENCY_FIELD_NUMBER: builtins.int
     uses_storage_keys: builtins.bool
     """False: there are no keys, and so no digest."""
     incarnation: builtins.str
     """The worker's incarnation."""
+    consistency: global___Consistency.ValueType
+    """Of which moment the keys are, as in the header of GetSkeys."""
     @property
     def node(self) -> global___DigestSkeysResponse.Node:
         """The node that was asked for. Not set where it covers no keys."""
@@ -939,9 +1009,10 @@ class DigestSkeysResponse(google.protobuf.message.Message):
         branch: global___DigestSkeysResponse.Node | None = ...,
         children: collections.abc.Iterable[global___DigestSkeysResponse.Node] | None = ...,
         incarnation: builtins.str = ...,
+        consistency: global___Consistency.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["branch", b"branch", "node", b"node"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["branch", b"branch", "children", b"children", "incarnation", b"incarnation", "node", b"node", "uses_storage_keys", b"uses_storage_keys"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["branch", b"branch", "children", b"children", "consistency", b"consistency", "incarnation", b"incarnation", "node", b"node", "uses_storage_keys", b"uses_storage_keys"]) -> None: ...
 
 global___DigestSkeysResponse = DigestSkeysResponse
 
@@ -954,8 +1025,12 @@ class SummarizeSkeysRequest(google.protobuf.message.Message):
     VM_FIELD_NUMBER: builtins.int
     RANGES_FIELD_NUMBER: builtins.int
     MAX_SLICE_TIME_FIELD_NUMBER: builtins.int
+    CONSISTENCY_FIELD_NUMBER: builtins.int
+    FREEZE_BUDGET_FIELD_NUMBER: builtins.int
     vm: builtins.str
     """"vms/{vm}"."""
+    consistency: global___Consistency.ValueType
+    """As in GetSkeysRequest."""
     @property
     def ranges(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[skeyd.v1.vm_pb2.GfnRange]:
         """As in GetSkeysRequest."""
@@ -964,15 +1039,21 @@ class SummarizeSkeysRequest(google.protobuf.message.Message):
     def max_slice_time(self) -> google.protobuf.duration_pb2.Duration:
         """As in GetSkeysRequest."""
 
+    @property
+    def freeze_budget(self) -> google.protobuf.duration_pb2.Duration:
+        """As in GetSkeysRequest."""
+
     def __init__(
         self,
         *,
         vm: builtins.str = ...,
         ranges: collections.abc.Iterable[skeyd.v1.vm_pb2.GfnRange] | None = ...,
         max_slice_time: google.protobuf.duration_pb2.Duration | None = ...,
+        consistency: global___Consistency.ValueType = ...,
+        freeze_budget: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["max_slice_time", b"max_slice_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["max_slice_time", b"max_slice_time", "ranges", b"ranges", "vm", b"vm"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["freeze_budget", b"freeze_budget", "max_slice_time", b"max_slice_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["consistency", b"consistency", "freeze_budget", b"freeze_budget", "max_slice_time", b"max_slice_time", "ranges", b"ranges", "vm", b"vm"]) -> None: ...
 
 global___SummarizeSkeysRequest = SummarizeSkeysRequest
 
@@ -1033,6 +1114,7 @@ class SummarizeSkeysResponse(google.protobuf.message.Message):
     RUNS_FIELD_NUMBER: builtins.int
     LONGEST_RUN_FIELD_NUMBER: builtins.int
     INCARNATION_FIELD_NUMBER: builtins.int
+    CONSISTENCY_FIELD_NUMBER: builtins.int
     uses_storage_keys: builtins.bool
     """False: the guest uses no storage keys, and all else is empty."""
     keys: builtins.int
@@ -1043,6 +1125,8 @@ class SummarizeSkeysResponse(google.protobuf.message.Message):
     """Runs of one key. A gap and the edge of a range end a run."""
     incarnation: builtins.str
     """The worker's incarnation."""
+    consistency: global___Consistency.ValueType
+    """Of which moment the keys are, as in the header of GetSkeys."""
     @property
     def counts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SummarizeSkeysResponse.KeyCount]:
         """The counts, ascending by key; keys that no frame has are left out."""
@@ -1061,8 +1145,9 @@ class SummarizeSkeysResponse(google.protobuf.message.Message):
         runs: builtins.int = ...,
         longest_run: global___SummarizeSkeysResponse.Run | None = ...,
         incarnation: builtins.str = ...,
+        consistency: global___Consistency.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["longest_run", b"longest_run"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["counts", b"counts", "gap_frames", b"gap_frames", "incarnation", b"incarnation", "keys", b"keys", "longest_run", b"longest_run", "runs", b"runs", "uses_storage_keys", b"uses_storage_keys"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["consistency", b"consistency", "counts", b"counts", "gap_frames", b"gap_frames", "incarnation", b"incarnation", "keys", b"keys", "longest_run", b"longest_run", "runs", b"runs", "uses_storage_keys", b"uses_storage_keys"]) -> None: ...
 
 global___SummarizeSkeysResponse = SummarizeSkeysResponse

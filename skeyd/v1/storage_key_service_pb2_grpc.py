@@ -72,6 +72,8 @@ class StorageKeyServiceServicer(object):
         TOO_MANY_CALLS_ON_VM.
         OUT_OF_RANGE GFN_NOT_MAPPED: a range begins or ends at a frame in no memory slot.
         UNAVAILABLE WORKER_LOST: the VM's worker went away, or is being started.
+        With CONSISTENCY_FROZEN: DEADLINE_EXCEEDED FREEZE_EXPIRED. ABORTED VM_BUSY: a SetSkeys or another frozen read runs on
+        this VM. UNAVAILABLE VMM_TRACED. UNIMPLEMENTED FREEZE_UNSUPPORTED: the VM's worker is of an earlier build.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -40,6 +40,8 @@ class StorageKeyServiceStub:
     TOO_MANY_CALLS_ON_VM.
     OUT_OF_RANGE GFN_NOT_MAPPED: a range begins or ends at a frame in no memory slot.
     UNAVAILABLE WORKER_LOST: the VM's worker went away, or is being started.
+    With CONSISTENCY_FROZEN: DEADLINE_EXCEEDED FREEZE_EXPIRED. ABORTED VM_BUSY: a SetSkeys or another frozen read runs on
+    this VM. UNAVAILABLE VMM_TRACED. UNIMPLEMENTED FREEZE_UNSUPPORTED: the VM's worker is of an earlier build.
     """
 
     SetSkeys: grpc.StreamStreamMultiCallable[
@@ -156,6 +158,8 @@ class StorageKeyServiceAsyncStub:
     TOO_MANY_CALLS_ON_VM.
     OUT_OF_RANGE GFN_NOT_MAPPED: a range begins or ends at a frame in no memory slot.
     UNAVAILABLE WORKER_LOST: the VM's worker went away, or is being started.
+    With CONSISTENCY_FROZEN: DEADLINE_EXCEEDED FREEZE_EXPIRED. ABORTED VM_BUSY: a SetSkeys or another frozen read runs on
+    this VM. UNAVAILABLE VMM_TRACED. UNIMPLEMENTED FREEZE_UNSUPPORTED: the VM's worker is of an earlier build.
     """
 
     SetSkeys: grpc.aio.StreamStreamMultiCallable[
@@ -274,6 +278,8 @@ class StorageKeyServiceServicer(metaclass=abc.ABCMeta):
         TOO_MANY_CALLS_ON_VM.
         OUT_OF_RANGE GFN_NOT_MAPPED: a range begins or ends at a frame in no memory slot.
         UNAVAILABLE WORKER_LOST: the VM's worker went away, or is being started.
+        With CONSISTENCY_FROZEN: DEADLINE_EXCEEDED FREEZE_EXPIRED. ABORTED VM_BUSY: a SetSkeys or another frozen read runs on
+        this VM. UNAVAILABLE VMM_TRACED. UNIMPLEMENTED FREEZE_UNSUPPORTED: the VM's worker is of an earlier build.
         """
 
     @abc.abstractmethod

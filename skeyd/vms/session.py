@@ -6,7 +6,7 @@ import mmap
 import os
 import select
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Self
@@ -22,7 +22,7 @@ from skeyd.vms.read_ahead import ChunkRead, ReadAhead
 from skeyd.worker.channel import Channel, address_in, close_all
 from skeyd.worker.outcomes import Begun, LastWrite
 from skeyd.worker.packets import Fields, ProtocolError, take_answer
-from skeyd.worker.protocol import BUFFER_BYTES, NANOSECONDS_MAX, SLICE_KEYS, SOCKET, Hello
+from skeyd.worker.protocol import BUFFER_BYTES, NANOSECONDS_MAX, RANGE, SLICE_KEYS, SOCKET, Hello
 
 
 class Session:
@@ -109,6 +109,33 @@ class Session:
         finally:
             # A refusal too leaves a session that can be used.
             self._channel.connection.settimeout(self._answer_seconds)
+
+    def freeze(self, frames: Sequence[GfnRange], seconds: float, slice_seconds: float) -> tuple[bool, int]:
+        """Have the keys of frames that are all in memory slots read at one moment: what is read from now on is those.
+
+        Takes `seconds` at most, and an ioctl about `slice_seconds`. Returns whether the guest uses storage keys, and
+        for how many nanoseconds the VM's owner stood still. SkeydError FREEZE_EXPIRED, VM_BUSY; REQUEST_INVALID: they
+        are too many; FREEZE_UNSUPPORTED: the worker is of an earlier build.
+        """
+        if not self.hello.freezes:
+            name = f"vms/{self.hello.vm_id}"
+            raise SkeydError(
+                Reason.FREEZE_UNSUPPORTED,
+                f"the worker of {name} is of skeyd {self.hello.version}, and reads no keys of one moment",
+                {"vm": name},
+            )
+        buffers = self._attached()
+        for at, one in enumerate(frames):
+            RANGE.pack_into(buffers, at * RANGE.size, one.start, one.count)
+        message = {
+            "op": "freeze",
+            "ranges": len(frames),
+            "budget_ns": round(seconds * 1e9),
+            "slice_ns": round(slice_seconds * 1e9),
+        }
+        with self._strict():
+            answer = self._call(message)
+            return answer.boolean("uses_keys"), answer.integer("ns", 0, NANOSECONDS_MAX)
 
     def read_chunks(self, chunks: Iterable[GfnRange], chunk_keys: int, pace: Pace) -> Iterator[ChunkRead]:
         """Read ranges of at most `chunk_keys` frames, which are at most BUFFER_KEYS, ahead of the caller.

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from skeyd.errors import Reason, SkeydError
-from skeyd.gfn import MemoryMap
-from skeyd.injection.errors import GoneError, InjectionError, NotAllowedError
+from skeyd.gfn import GfnRange, MemoryMap
+from skeyd.injection.errors import GoneError, InjectionError, NotAllowedError, TimedOutError
 from skeyd.injection.target import Target
 from skeyd.injection.vm import ForeignVm
 from skeyd.kvm import abi
+from skeyd.kvm.errors import KvmError
 from skeyd.worker import refusals, vmm_memory, vmm_refusals
 from skeyd.worker.adoption import Adoption, Vmm
+from skeyd.worker.captures import keyless
+from skeyd.worker.held_capture import HeldCapture
 from skeyd.worker.packets import printable
 from skeyd.worker.protocol import SLICE_KEYS, Spec
 from skeyd.worker.slots import memory_map
@@ -74,6 +78,25 @@ class AdoptedVm:
         with _told():
             return self._vm.keyop(operation, gfn, key)
 
+    def capture(
+        self, frames: Sequence[GfnRange], into: memoryview, seconds: float, slice_seconds: float
+    ) -> HeldCapture:
+        """Read them in a process of its own, which holds all threads of the owner and lets them go at its end."""
+        parts = [(one.start, one.count) for one in frames]
+
+        def read(seconds: float) -> int:
+            began = time.monotonic_ns()
+            try:
+                with _told(but=(TimedOutError,)):
+                    uses_keys = self._vm.read_frozen(parts, into, seconds, slice_seconds)
+            except KvmError as error:
+                raise refusals.of_key_call(error, GfnRange(parts[0][0], parts[0][1])) from error
+            if not uses_keys:
+                raise keyless(frames[0])
+            return time.monotonic_ns() - began
+
+        return HeldCapture(read, seconds)
+
     def release(self) -> None:
         """Leave nothing of skeyd's in the owner. SkeydError where that can't be done now; it may be tried again."""
         with _told():
@@ -133,8 +156,10 @@ def _only_vm(target: Target) -> int:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _told(but: tuple[type[InjectionError], ...] = ()) -> Iterator[None]:
     try:
         yield
+    except but:
+        raise
     except InjectionError as error:
         raise vmm_refusals.of_injection(error) from error

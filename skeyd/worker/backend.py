@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
-from skeyd.gfn import MemoryMap
+from skeyd.gfn import GfnRange, MemoryMap
+
+
+class Capture(Protocol):
+    """Keys of one moment, while they are being read. It ends with what `step` returns or raises."""
+
+    def fileno(self) -> int | None:
+        """Return what is readable once `step` has an end to tell, while another process reads; None: `step` reads.
+
+        While there is one nobody else may ask the VM for anything.
+        """
+
+    def step(self) -> int | None:
+        """Go on a little. None: there is more; else for how long the VM's owner stood still, in nanoseconds.
+
+        SkeydError FREEZE_EXPIRED where it took longer than it may; else as the Backend's own calls.
+        """
+
+    def cancel(self) -> None:
+        """Have it end now. Where there is a descriptor the end is told there; else it has ended."""
 
 
 class Backend(Protocol):
@@ -33,6 +53,13 @@ class Backend(Protocol):
 
     def keyop(self, operation: int, gfn: int, key: int = 0) -> int:
         """As skeyd.kvm.vm.Vm.keyop."""
+
+    def capture(self, frames: Sequence[GfnRange], into: memoryview, seconds: float, slice_seconds: float) -> Capture:
+        """Begin to fill `into` with the keys of these frames as they are at one moment, end to end.
+
+        All frames are in memory slots and the guest uses keys. It takes `seconds` at most, and an ioctl about
+        `slice_seconds`. Nobody sets a key meanwhile. `into` is memory that forked processes share.
+        """
 
     def close(self) -> None:
         """End the VM. Closing twice is fine."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
+from skeyd.gfn import GfnRange
 from skeyd.kvm import abi
 from skeyd.kvm.errors import KvmError
 from skeyd.kvm.memory import GuestMemory
 from skeyd.kvm.system import Kvm
 from skeyd.worker import refusals
+from skeyd.worker.captures import OwnCapture
 from skeyd.worker.page_tables import PageTables
 from skeyd.worker.protocol import SlotSpec, Spec
 from skeyd.worker.slots import check_slots, memory_map
@@ -68,6 +70,10 @@ class OwnedVm:
     def keyop(self, operation: int, gfn: int, key: int = 0) -> int:
         """As the ioctl."""
         return self._vm.keyop(operation, gfn, key)
+
+    def capture(self, frames: Sequence[GfnRange], into: memoryview, seconds: float, slice_seconds: float) -> OwnCapture:
+        """Read slice by slice."""
+        return OwnCapture(self, frames, into, seconds, slice_seconds)
 
     def close(self) -> None:
         """End the VM, then unmap its memory."""

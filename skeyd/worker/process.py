@@ -107,6 +107,7 @@ def _prepare(directory_fd: int, resources: ExitStack) -> tuple[Service, HasFilen
         slots=backend.memory_map.slots,
         keyop=backend.has_keyop,
         vmm=vmm,
+        freezes=True,
     )
     listener = resources.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
     listener.bind(address_in(directory_fd, SOCKET))

@@ -12,11 +12,18 @@ worker makes for each connection, each as large as the largest chunk, so that se
                                                             → {"ok": {"repaired": int, "enabled": bool, "ns": int}}
                      {"op": "keyop", "operation", "gfn", "key"}
                                                    → {"ok": {"uses_keys": bool, "key": int, "repaired": bool}}
+                     {"op": "freeze", "ranges", "budget_ns", "slice_ns"}
+                                                                       → {"ok": {"uses_keys": bool, "ns": int}}
                      {"op": "shutdown", "uid"}                         → {"ok": {}}, then the worker ends
                      and the ops of skeyd.worker.outcomes, which make one call of several "set" requests
     any              {"error": {"reason", "message", "metadata"}}
 
-"ns" is how long the kernel had it, the longest of its calls for one request. Answers come in the order of the requests.
+"freeze" reads the keys of as many ranges as it says, which lie in the buffers as pairs of 64-bit numbers (first gfn,
+frames), as they are at one moment. From then on "get" gives those to this connection, and no others, until it ends.
+While it is being answered, "set" and what goes with it are refused with VM_BUSY. Its "ns" is how long the VM's owner
+stood still; any other is how long the kernel had it, the longest of its calls for one request. Answers come in the
+order of the requests.
+
 A worker is started with a `Spec` on its standard input and says {"ok": {}} or an error, in one line, on its standard
 output.
 """
@@ -24,6 +31,7 @@ output.
 from __future__ import annotations
 
 import re
+import struct
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
@@ -47,6 +55,15 @@ BUFFER_KEYS: Final = 1_048_576
 """Keys in each: the largest chunk. What isn't touched costs no memory."""
 
 BUFFER_BYTES: Final = BUFFERS * BUFFER_KEYS
+
+FROZEN_KEYS: Final = 1 << 26
+"""Most keys that a worker keeps of moments that were frozen: 64 MiB of memory, a guest of 256 GiB."""
+
+FREEZE_MAX_NS: Final = 10_000_000_000
+"""Longest that a VM may be frozen."""
+
+RANGE: Final = struct.Struct("=QQ")
+"""How "freeze" is told of a range."""
 
 LOCK: Final = "worker.lock"
 """File in the VM's directory that its worker holds locked for as long as it lives."""
@@ -176,6 +193,8 @@ class Hello:
     """Whether its kernel has KVM_S390_KEYOP, and it takes "keyop"."""
     vmm: Vmm | None = None
     """Of an adopted VM."""
+    freezes: bool = False
+    """Whether it takes "freeze"; workers that are older don't, and say nothing of it."""
 
     def to_message(self) -> dict[str, Any]:
         """Write it down."""
@@ -191,6 +210,7 @@ class Hello:
             "pid": self.pid,
             "created": self.created,
             "vmm": self.vmm and self.vmm.to_message(),
+            "freezes": self.freezes,
             "slots": [
                 {
                     "slot": one.slot,
@@ -235,6 +255,7 @@ class Hello:
             slots=slots,
             keyop=message.boolean("keyop"),
             vmm=Vmm.from_message(message.object("vmm")) if kind == "adopted" else None,
+            freezes=message.has("freezes") and message.boolean("freezes"),
         )
 
 

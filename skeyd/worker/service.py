@@ -11,16 +11,27 @@ from functools import partial
 from typing import Any, Final, Protocol
 
 from skeyd.errors import Reason, SkeydError
-from skeyd.gfn import GfnRange
+from skeyd.gfn import GfnRange, Ranges
 from skeyd.linux import peer_of, sealed_memfd
 from skeyd.storage_key import GFN_LIMIT
 from skeyd.worker.backend import Backend
 from skeyd.worker.channel import Channel, close_all
+from skeyd.worker.freezing import Freezing
 from skeyd.worker.keyops import KeyOps
 from skeyd.worker.keys import Keys
 from skeyd.worker.outcomes import CRC_MAX, FINGERPRINT, REQUEST_ID, Begun, LastWrite
 from skeyd.worker.packets import Fields, ProtocolError, error_message
-from skeyd.worker.protocol import BUFFER_BYTES, BUFFER_KEYS, BUFFERS, KEYOPS, SLICE_KEYS, Hello
+from skeyd.worker.protocol import (
+    BUFFER_BYTES,
+    BUFFER_KEYS,
+    BUFFERS,
+    FREEZE_MAX_NS,
+    KEYOPS,
+    NANOSECONDS_MAX,
+    RANGE,
+    SLICE_KEYS,
+    Hello,
+)
 from skeyd.worker.traceback_log import log_traceback
 from skeyd.worker.transactions import Call, Transactions
 
@@ -69,6 +80,10 @@ class Service:
         self._keys = Keys(backend)
         self._keyops = KeyOps(backend, self._keys)
         self._transactions = Transactions(self._keys, open_journal)
+        self._freezing: Freezing[_Connection] = Freezing(backend)
+        self._memory_map = backend.memory_map
+        self._waiting: list[tuple[_Connection, Fields]] = []
+        """Connections that are looked at no more until a capture has ended, and what each has asked."""
         self._connections: set[_Connection] = set()
         self._selector = selectors.DefaultSelector()
         self._running = True
@@ -83,20 +98,26 @@ class Service:
             self._selector.register(end, selectors.EVENT_READ, self._end)
         try:
             while self._running:
-                # Rolling back goes on between requests, so that nobody who reads waits for more than a slice of it.
-                for key, _ in self._selector.select(0 if self._transactions.rolling_back else None):
+                # Rolling back goes on between requests, so that nobody who reads waits for more than a slice of it; so
+                # does a capture that this process makes.
+                for key, _ in self._selector.select(0 if self._has_steps() else None):
                     if key.data is None:
                         self._accept()
                     elif isinstance(key.data, _Connection):
                         self._serve(key.data)
-                    else:
+                    elif key.data is not self._freezing:
                         key.data()
                 self._roll_back()
+                self._capture()
                 if self._stopping and not self._transactions.rolling_back:
                     self._running = False
         finally:
             for connection in list(self._connections):
                 self._drop(connection)
+            while self._freezing.is_running():
+                # Nobody waits for it any more: the process that reads is being killed.
+                self._freezing.step()
+                os.sched_yield()
             self._selector.close()
 
     def _end(self) -> None:
@@ -111,6 +132,9 @@ class Service:
         else:
             # As long as it takes; meanwhile all is answered but what would set keys.
             self._transactions.stop()
+
+    def _has_steps(self) -> bool:
+        return self._transactions.rolling_back or (self._freezing.is_running() and self._freezing.fileno() is None)
 
     def _accept(self) -> None:
         try:
@@ -144,7 +168,16 @@ class Service:
             # Who asked has given up, and has told its client so: nothing may be changed for it any more.
             self._drop(connection)
             return
+        self._handle(connection, request)
+
+    def _handle(self, connection: _Connection, request: Fields) -> None:
         try:
+            if self._must_wait(connection, request):
+                self._selector.unregister(connection.channel.connection)
+                self._waiting.append((connection, request))
+                return
+            if request.text("op") == "freeze" and self._freeze(connection, request):
+                return  # the answer comes when it has ended
             answer, fd = self._answer(connection, request)
         except SkeydError as error:
             self._send(connection, error_message(error))
@@ -161,18 +194,27 @@ class Service:
     def _answer(self, connection: _Connection, request: Fields) -> tuple[dict[str, Any], int | None]:
         match request.text("op"):
             case "status":
-                return {"uses_keys": self._keys.uses_keys(), **_last_write(self._transactions.outcome())}, None
+                # Where it is being frozen it was asked before, and who uses keys uses them for good.
+                uses_keys = self._freezing.is_running() or self._keys.uses_keys()
+                return {"uses_keys": uses_keys, **_last_write(self._transactions.outcome())}, None
+            case "freeze":
+                return {"uses_keys": False, "ns": 0}, None
             case "attach":
                 return {}, self._attach(connection)
             case "get":
                 frames, view = self._slice(connection, request)
                 with view:
+                    frozen = self._freezing.keys_of(connection)
+                    if frozen is not None:
+                        frozen.read(frames, view)
+                        return {"uses_keys": True, "ns": 0}, None
                     self._keys.take_longest()
                     uses_keys = self._keys.read(frames, view)
                     return {"uses_keys": uses_keys, "ns": self._keys.take_longest()}, None
             case "set":
                 return self._set(connection, request), None
             case "begin":
+                self._freezing.require_none()
                 call = Call(
                     request.text("request_id", REQUEST_ID),
                     request.text("fingerprint", FINGERPRINT),
@@ -199,6 +241,7 @@ class Service:
             case "shutdown":
                 if request.text("uid") != self._hello.uid:
                     raise ProtocolError("shutdown of another VM")
+                self._freezing.require_none()
                 if self._release is not None:
                     # The VM goes on without this process, and so with the keys that it has then: whole ones.
                     self._transactions.require_idle()
@@ -207,12 +250,71 @@ class Service:
                 return {}, None
         raise ProtocolError("no such op")
 
+    def _must_wait(self, connection: _Connection, request: Fields) -> bool:
+        """Whether a request needs the VM, while a capture has it. ProtocolError from who awaits the end of one."""
+        if self._freezing.runs_for(connection):
+            raise ProtocolError("a request before the answer to freeze")
+        if self._freezing.fileno() is None:
+            return False
+        match request.text("op"):
+            case "get":
+                return self._freezing.keys_of(connection) is None
+            case "keyop":
+                return request.choice("operation", KEYOPS) == "iske"
+        return False
+
+    def _freeze(self, connection: _Connection, request: Fields) -> bool:
+        """Begin a capture. False: the guest uses no keys, and so has none at any moment."""
+        self._freezing.require_none()
+        self._transactions.require_idle()
+        if connection.buffers is None:
+            raise ProtocolError("not attached")
+        size = request.integer("ranges", 1, BUFFER_BYTES // RANGE.size) * RANGE.size
+        with memoryview(connection.buffers) as whole:
+            # A copy: the front can still write there.
+            pairs = bytes(whole[:size])
+        try:
+            frames = Ranges(GfnRange(start, count) for start, count in RANGE.iter_unpack(pairs))
+        except SkeydError as error:
+            raise ProtocolError(error.message) from None
+        budget = request.integer("budget_ns", 1, FREEZE_MAX_NS) / 1e9
+        slice_seconds = request.integer("slice_ns", 1, NANOSECONDS_MAX) / 1e9
+        for one in frames:
+            self._memory_map.require_mapped(one)
+        if not self._keys.uses_keys():
+            return False
+        self._freezing.begin(connection, frames, budget, slice_seconds)
+        descriptor = self._freezing.fileno()
+        if descriptor is not None:
+            self._selector.register(descriptor, selectors.EVENT_READ, self._freezing)
+        return True
+
+    def _capture(self) -> None:
+        if not self._freezing.is_running():
+            return
+        descriptor = self._freezing.fileno()
+        told = self._freezing.step()
+        if self._freezing.is_running():
+            return
+        if descriptor is not None:
+            self._selector.unregister(descriptor)
+        if told is not None:
+            connection, end = told
+            good = {"ok": {"uses_keys": True, "ns": end}}
+            self._send(connection, error_message(end) if isinstance(end, SkeydError) else good)
+        waiting, self._waiting = self._waiting, []
+        for connection, _ in waiting:
+            self._selector.register(connection.channel.connection, selectors.EVENT_READ, connection)
+        for connection, request in waiting:
+            self._handle(connection, request)
+
     def _set(self, connection: _Connection, request: Fields) -> dict[str, Any]:
         frames, view = self._slice(connection, request)
         with view:
             # A copy: the front can still write to the buffer while the kernel and the read-back look at it.
             keys = bytes(view)
         allow_enable = request.boolean("allow_enable")
+        self._freezing.require_none()
         self._keys.take_longest()
         if self._transactions.owned_by(connection):
             written = self._transactions.set(connection, frames, keys, allow_enable)
@@ -233,6 +335,7 @@ class Service:
         key, repaired = request.integer("key", 0, 0xFF), False
         operation = request.choice("operation", KEYOPS)
         if operation != "iske":
+            self._freezing.require_none()
             self._transactions.require_idle()
             self._transactions.forget_kept()
         match operation:
@@ -279,9 +382,14 @@ class Service:
     def _drop(self, connection: _Connection) -> None:
         if connection in self._connections:
             self._connections.remove(connection)
-            self._selector.unregister(connection.channel.connection)
+            waiting = [one for one in self._waiting if one[0] is connection]
+            if waiting:
+                self._waiting.remove(waiting[0])
+            else:
+                self._selector.unregister(connection.channel.connection)
             connection.close()
             self._transactions.abandon(connection)
+            self._freezing.abandon(connection)
 
 
 def _last_write(last: LastWrite | None) -> dict[str, Any]:

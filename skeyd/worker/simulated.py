@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import errno
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,6 +19,7 @@ from skeyd.kvm import abi
 from skeyd.kvm.errors import KvmError
 from skeyd.linux import MAP_NORESERVE
 from skeyd.storage_key import CHANGED, REFERENCED, RESERVED, SEGMENT_FRAMES, first_reserved
+from skeyd.worker.captures import OwnCapture
 from skeyd.worker.protocol import Spec
 from skeyd.worker.slots import check_slots, memory_map
 
@@ -220,6 +222,10 @@ class SimulatedVm:
             slot.keys[frame] |= REFERENCED | CHANGED if write else REFERENCED
         else:
             slot.touched_keyless.add(segment)
+
+    def capture(self, frames: Sequence[GfnRange], into: memoryview, seconds: float, slice_seconds: float) -> OwnCapture:
+        """Read slice by slice."""
+        return OwnCapture(self, frames, into, seconds, slice_seconds)
 
     def close(self) -> None:
         """Forget the keys."""

@@ -66,6 +66,7 @@ def test_a_digest_is_shown_for_all_frames_and_for_ranges(keys: Skeyctl, stubs: S
         "with_referenced_changed": True,
         "digest": whole,
         "keys": 256,
+        "frozen": False,
     }
 
 
@@ -315,6 +316,7 @@ def test_a_summary_is_a_line_for_each_key_and_how_they_lie(keys: Skeyctl, stubs:
         ],
         "runs": 2,
         "longest_run": {"start_gfn": 1, "count": 2, "key": 0x40},
+        "frozen": False,
     }
 
 

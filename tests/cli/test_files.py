@@ -94,7 +94,14 @@ def test_keys_that_were_dumped_and_loaded_into_another_guest_are_the_same(
 def test_the_same_as_json(keys: Skeyctl, holed: str, new_vm: NewVm, tmp_path: Path) -> None:
     file, other = tmp_path / "a.skeys", new_vm((0, 1), (2, 1))
     dumped = keys("dump", holed, file, "--json")
-    assert dumped.value == {"vm": holed, "file": str(file), "keys": 512, "uses_storage_keys": True}
+    assert dumped.value == {
+        "vm": holed,
+        "file": str(file),
+        "keys": 512,
+        "uses_storage_keys": True,
+        "frozen": False,
+        "frozen_seconds": None,
+    }
     loaded = keys("load", other, file, "--json", "--allow-enable")
     assert loaded.value == {
         "vm": other,
@@ -138,6 +145,8 @@ def test_a_file_of_a_guest_without_keys_says_so_and_is_not_loaded(
         "file": str(file),
         "keys": 0,
         "uses_storage_keys": False,
+        "frozen": False,
+        "frozen_seconds": None,
     }
     stubs.set(other, [(0, b"\x70" * FRAMES)])
     done = keys("load", other, file, "--json", "--allow-enable")

@@ -75,6 +75,8 @@ def test_the_same_as_json(keys: Skeyctl, new_vm: NewVm, stubs: Stubs) -> None:
         "uses_storage_keys": False,
         "runs": [],
         "gaps": [],
+        "frozen": False,
+        "frozen_seconds": None,
     }
     result = {"vm": name, "keys_set": 256, "keys_repaired": 0, "enabled": True, "validated_only": False}
     assert keys("set", name, "0x200-0x2ff", "--key", "0x9e", "--allow-enable", "--json").value == result
@@ -98,6 +100,8 @@ def test_the_same_as_json(keys: Skeyctl, new_vm: NewVm, stubs: Stubs) -> None:
             },
         ],
         "gaps": [{"start_gfn": 0x100, "count": 0x100}],
+        "frozen": False,
+        "frozen_seconds": None,
     }
 
 

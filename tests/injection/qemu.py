@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import select
 import shutil
 import socket
 import subprocess
@@ -53,7 +54,19 @@ class Qemu:
 
     def execute(self, command: str, **arguments: Any) -> Any:
         """Run a command of the monitor, and return its answer."""
+        self.ask(command, **arguments)
+        return self.answer()
+
+    def ask(self, command: str, **arguments: Any) -> None:
+        """Send a command to the monitor."""
         self._socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
+
+    def has_answer(self, seconds: float) -> bool:
+        """Wait for a word of the monitor."""
+        return bool(select.select([self._socket], [], [], seconds)[0])
+
+    def answer(self) -> Any:
+        """Take the answer."""
         while True:
             said = json.loads(self._file.readline())
             assert "error" not in said, said

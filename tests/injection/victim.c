@@ -1,7 +1,7 @@
 /*
  * A program for calls to be injected into. Its first thread does what the first argument says, and tells of it when that
  * is over; a second one answers: "ping" with "pong SIGNALS", where SIGNALS is how often SIGUSR1 came, "wake" by ending
- * what the first waits for. "ready" is printed before the first thread begins.
+ * what the first waits for, "counters" with where they lie. "ready" is printed before the first thread begins.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -35,10 +35,16 @@ static int milliseconds;
 static volatile long total;
 volatile uint64_t flag;
 
+/* What each thread of the mode "threads" has done, what those did that it makes, the first thread, and its signals. */
+#define WORKERS 24
+enum { MADE = WORKERS, FIRST, SIGNALS, COUNTERS };
+static volatile uint64_t counters[COUNTERS];
+
 static void count(int number)
 {
 	(void)number;
 	signals++;
+	counters[SIGNALS]++;
 }
 
 static double now(void)
@@ -65,6 +71,9 @@ static void *answer(void *unused)
 				abort();
 		} else if (!strcmp(line, "total\n")) {
 			printf("total %ld\n", total);
+			fflush(stdout);
+		} else if (!strcmp(line, "counters\n")) {
+			printf("counters %lu %d\n", (unsigned long)counters, COUNTERS);
 			fflush(stdout);
 		}
 	}
@@ -156,7 +165,75 @@ static void loop(void)
 		if (syscall(SYS_futex, &word, FUTEX_WAIT, 1, &short_time, NULL, 0) != -1 || errno != EAGAIN)
 			abort();
 		total++;
+		counters[FIRST]++;
 	}
+}
+
+/* Computes, calls and waits, and aborts where a result is wrong. */
+static void *work(void *own)
+{
+	volatile uint64_t *counter = own;
+	int ends[2];
+
+	if (pipe(ends))
+		abort();
+	for (;;) {
+		struct timespec short_time = {0, 50000};
+		uint64_t before = *counter, sum = 0, got = 0;
+
+		for (uint64_t number = 0; number < 1000; number++)
+			sum += number ^ before;
+		for (uint64_t number = 0; number < 1000; number++)
+			sum -= number ^ before;
+		if (sum || write(ends[1], &before, sizeof before) != sizeof before)
+			abort();
+		if (read(ends[0], &got, sizeof got) != sizeof got || got != *counter)
+			abort();
+		if (syscall(SYS_futex, &word, FUTEX_WAIT, 1, &short_time, NULL, 0) != -1 || errno != EAGAIN)
+			abort();
+		++*counter;
+		if (before % 4 == 0)
+			clock_nanosleep(CLOCK_MONOTONIC, 0, &short_time, NULL);
+	}
+	return NULL;
+}
+
+static void *work_once(void *number)
+{
+	counters[MADE]++;
+	return number;
+}
+
+/* Makes threads, one after the other, that end at once. */
+static void *make(void *unused)
+{
+	for (uint64_t number = 0;; number++) {
+		pthread_t thread;
+		void *result;
+
+		if (pthread_create(&thread, NULL, work_once, (void *)number) || pthread_join(thread, &result))
+			abort();
+		if (result != (void *)number)
+			abort();
+	}
+	return unused;
+}
+
+static void threads(void)
+{
+	pthread_t thread;
+	sigset_t all, old;
+
+	/* Signals are the first thread's. */
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &old);
+	for (int at = 0; at < WORKERS; at++)
+		if (pthread_create(&thread, NULL, work, (void *)&counters[at]))
+			abort();
+	if (pthread_create(&thread, NULL, make, NULL))
+		abort();
+	pthread_sigmask(SIG_SETMASK, &old, NULL);
+	loop();
 }
 
 #ifdef __x86_64__
@@ -396,6 +473,8 @@ int main(int count_of, char **words)
 #endif
 	else if (!strcmp(what, "loop"))
 		loop(), result = 0;
+	else if (!strcmp(what, "threads"))
+		threads(), result = 0;
 #if defined __x86_64__ || defined __s390x__
 	else if (!strcmp(what, "registers"))
 		result = registers();

@@ -28,6 +28,9 @@ PROGRAM: Final = "SKEYD_VICTIM"
 """Names the victim where there is no compiler, as on an emulated host."""
 REQUIRE: Final = "SKEYD_REQUIRE_INJECTION"
 
+COUNTERS: Final = 27
+"""Of the mode threads: of each worker, of the threads that one makes, of the first, and how many signals there were."""
+
 _MOVES: Final = (
     *("State", "VmRSS", "VmHWM", "RssAnon", "RssFile", "RssShmem", "VmPTE"),
     *("voluntary_ctxt_switches", "nonvoluntary_ctxt_switches", "SigQ"),
@@ -142,6 +145,13 @@ class Victim:
         word, _, count = self.line().partition(" ")
         assert word == "total"
         return int(count)
+
+    def counters(self) -> int:
+        """Return where the counters of the mode threads lie."""
+        self.say("counters")
+        word, address, count = self.line().split()
+        assert (word, int(count)) == ("counters", COUNTERS)
+        return int(address)
 
     def result(self) -> Result:
         word, value, number, seconds, signals = self.line().split()

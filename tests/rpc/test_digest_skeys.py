@@ -43,7 +43,7 @@ def tree_of(keys: dict[int, int], *, with_referenced_changed: bool = False) -> T
 def expected(tree: Tree, level: int = 6, start: int = 0) -> pb.DigestSkeysResponse:
     """Write down what the tree says of a node."""
     node = tree.node(level, start)
-    response = pb.DigestSkeysResponse(uses_storage_keys=True)
+    response = pb.DigestSkeysResponse(uses_storage_keys=True, consistency=pb.CONSISTENCY_LIVE)
     if node is not None:
         branch = tree.branch(node)
         response.node.CopyFrom(message(node))
@@ -148,7 +148,8 @@ def test_for_a_node_only_its_own_keys_are_read(stubs: Stubs, new_vm: NewVm, shar
 def test_a_guest_without_storage_keys_has_no_digest(stubs: Stubs, new_vm: NewVm) -> None:
     name = new_vm((0, 4), (8, 1))
     found = digest(stubs, name)
-    assert found == pb.DigestSkeysResponse(incarnation=stubs.look_at(name).incarnation)
+    incarnation = stubs.look_at(name).incarnation
+    assert found == pb.DigestSkeysResponse(incarnation=incarnation, consistency=pb.CONSISTENCY_LIVE)
     assert not found.uses_storage_keys
 
 

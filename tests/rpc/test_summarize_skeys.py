@@ -31,7 +31,7 @@ def summary(stubs: Stubs, vm: str, *wanted: tuple[int, int]) -> pb.SummarizeSkey
 
 def expected(keys: dict[int, int], wanted: list[tuple[int, int]]) -> pb.SummarizeSkeysResponse:
     """Count frame by frame."""
-    response = pb.SummarizeSkeysResponse(uses_storage_keys=True)
+    response = pb.SummarizeSkeysResponse(uses_storage_keys=True, consistency=pb.CONSISTENCY_LIVE)
     runs: list[list[tuple[int, int]]] = []
     for start, count in wanted:
         frames = [(gfn, keys.get(gfn, -1)) for gfn in range(start, start + count)]
@@ -109,7 +109,8 @@ def test_a_run_goes_on_over_slices_and_slots_that_touch_and_ends_at_the_edge_of_
 
 def test_of_a_guest_without_storage_keys_nothing_is_counted(stubs: Stubs, new_vm: NewVm) -> None:
     name = new_vm((0, 4), (8, 1))
-    assert summary(stubs, name) == pb.SummarizeSkeysResponse(incarnation=stubs.look_at(name).incarnation)
+    incarnation = stubs.look_at(name).incarnation
+    assert summary(stubs, name) == pb.SummarizeSkeysResponse(incarnation=incarnation, consistency=pb.CONSISTENCY_LIVE)
 
 
 def test_frames_at_the_end_of_the_address_space_are_counted(stubs: Stubs, new_vm: NewVm) -> None:

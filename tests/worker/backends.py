@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from skeyd.gfn import GfnRange
 from skeyd.kvm.errors import KvmError
 from skeyd.worker.backend import Backend
+from skeyd.worker.captures import OwnCapture
 from skeyd.worker.protocol import KEYOPS
 from skeyd.worker.simulated import SimulatedVm
 from tests.worker.specs import simulated
@@ -40,6 +41,10 @@ class Recording:
         """As the ioctl."""
         self.calls.append((KEYOPS[operation - 1], GfnRange(gfn, 1)))
         return self.vm.keyop(operation, gfn, key)
+
+    def capture(self, frames: Sequence[GfnRange], into: memoryview, seconds: float, slice_seconds: float) -> OwnCapture:
+        """Read slice by slice."""
+        return OwnCapture(self, frames, into, seconds, slice_seconds)
 
     def close(self) -> None:
         """Forget the keys."""

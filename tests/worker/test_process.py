@@ -124,6 +124,7 @@ def test_a_worker_says_who_it_is_to_everybody_who_connects(start: Start) -> None
         "pid": worker.pid,
         "created": 1_700_000_000,
         "vmm": None,
+        "freezes": True,
         "slots": [
             {"slot": 1, "start": 0, "count": 256, "backing": "none"},
             {"slot": 0, "start": 4 * 256, "count": 512, "backing": "none"},
