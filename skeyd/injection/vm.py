@@ -227,8 +227,8 @@ class ForeignVm:
         return True
 
     def _require_time(self, request: int, end: float) -> None:
-        # As in skeyd.kvm.ioctl, calls that are interrupted are made again, but not for ever: where they took too long it is
-        # we who interrupted them.
+        # As in skeyd.kvm.ioctl, what is interrupted is made again, but not for ever: it is we who interrupt what takes
+        # too long.
         if time.monotonic() >= end:
             pid = self._target.pid
             raise TimedOutError(pid, f"{abi.NAMES[request]} in process {pid} was interrupted each time")
