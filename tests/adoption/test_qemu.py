@@ -3,96 +3,26 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
 
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
-from skeyd.client.connection import Client
 from skeyd.client.errors import ClientError
 from skeyd.client.reading import Keys
-from skeyd.injection import memory, proc
-from skeyd.injection.buffer import MARK
-from skeyd.injection.maps import mappings
+from skeyd.injection import proc
 from skeyd.v1 import storage_key_service_pb2 as pb
 from skeyd.v1 import vm_pb2, vm_service_pb2
-from skeyd.worker.adoption import HOLD_MAX_MS
+from tests.adoption.qemu_vm import LONG, MIB, NAME, acc_and_f, adopt, buffers_in, look, some_keys
 from tests.daemon import DaemonProcess
-from tests.injection.qemu import FRAMES, PROGRAM, SANDBOX, Qemu, require_qemu
-from tests.injection.victims import differences, look_at_process, wait_for
+from tests.injection.qemu import FRAMES, PROGRAM, Qemu, require_qemu
+from tests.injection.victims import differences, wait_for
 from tests.rpc.stubs import SetStream, Stubs, chunk, commit, header, refusal
 
 pytestmark = pytest.mark.timeout(900)
-
-MIB: Final = 1 << 20
-NAME: Final = "vms/guest"
-LONG: Final = Duration(seconds=HOLD_MAX_MS // 1000)
-"""A host that is emulated may take a second where a real one takes a millisecond."""
-KINDS: Final = {
-    "plain": (),
-    "sandboxed": ("-sandbox", SANDBOX),
-    "memfd": ("-object", "memory-backend-memfd,id=ram,size=64M", "-machine", "memory-backend=ram"),
-}
-
-
-@pytest.fixture(params=KINDS)
-def qemu(request: pytest.FixtureRequest, runtime_dir: Path) -> Iterator[Qemu]:
-    require_qemu()
-    qemu = Qemu(runtime_dir, *KINDS[request.param])
-    yield qemu
-    qemu.close()
-
-
-@pytest.fixture
-def daemon(runtime_dir: Path) -> Iterator[DaemonProcess]:
-    daemon = DaemonProcess(runtime_dir / "skeyd")
-    try:
-        daemon.start("--allow-adoption")
-        yield daemon
-    finally:
-        daemon.end_everything()
-
-
-def some_keys(seed: int, count: int) -> bytes:
-    """Make keys whose ACC and F differ from frame to frame; R and C may be given by the kernel to any."""
-    rng = random.Random(seed)  # noqa: S311  no secret
-    return bytes(rng.randrange(32) << 3 for _ in range(count))
-
-
-def acc_and_f(keys: bytes) -> bytes:
-    return bytes(key & 0xF8 for key in keys)
-
-
-def adopt(client: Client, qemu: Qemu, memory_mib: int | None = 64) -> vm_pb2.Vm:
-    slots = []
-    if memory_mib is not None:
-        slots = [vm_service_pb2.MemorySlotSpec(guest_phys_addr=0, memory_size=memory_mib * MIB)]
-    return client.adopt_vm(
-        vm_service_pb2.AdoptVmRequest(vm_id="guest", pid=qemu.pid, memory_slots=slots, max_hold_time=LONG)
-    )
-
-
-def look(pid: int) -> dict[str, object]:
-    """Return what is QEMU's alone; its heap grows with what it is asked for itself, to dump its keys for one."""
-    found = look_at_process(pid)
-    return {name: found[name] for name in found if name != "maps" and not name.startswith("Vm")}
-
-
-def buffers_in(pid: int) -> list[int]:
-    """Return where a worker's buffers are."""
-    found = []
-    for one in mappings(pid):
-        if one.access == "rw-p" and not one.path:
-            with suppress(OSError):  # pages that aren't there to be read, KVM's for one
-                if memory.read(pid, one.start, len(MARK)) == MARK:
-                    found.append(one.start)
-    return found
 
 
 def test_what_skeyd_sets_qemu_dumps_and_qemu_is_as_before(daemon: DaemonProcess, qemu: Qemu) -> None:

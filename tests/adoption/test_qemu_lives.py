@@ -10,42 +10,25 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
 import pytest
 
 from skeyd.v1 import vm_pb2
-from tests.adoption.test_qemu import KINDS, NAME, acc_and_f, adopt, buffers_in, some_keys
+from tests.adoption.qemu_vm import NAME, acc_and_f, adopt, buffers_in, some_keys
 from tests.daemon import DaemonProcess
-from tests.injection.qemu import FRAMES, Qemu, require_qemu
+from tests.injection.qemu import FRAMES, Qemu
 from tests.injection.victims import SECONDS, differences, look_at_process, wait_for
 from tests.rpc.stubs import Refusal, Stubs, chunk, commit, header
 
-pytestmark = pytest.mark.timeout(7200)
+pytestmark = [
+    pytest.mark.timeout(7200),
+    pytest.mark.parametrize("qemu", ["plain", "sandboxed"], indirect=True),
+]
 
 CYCLES: Final = int(os.environ.get("SKEYD_ADOPTIONS", "1000"))
 KILLS: Final = int(os.environ.get("SKEYD_KILLS_ADOPTED", "200"))
 SOME: Final = 512
-
-
-@pytest.fixture(params=["plain", "sandboxed"])
-def qemu(request: pytest.FixtureRequest, runtime_dir: Path) -> Iterator[Qemu]:
-    require_qemu()
-    qemu = Qemu(runtime_dir, *KINDS[request.param])
-    yield qemu
-    qemu.close()
-
-
-@pytest.fixture
-def daemon(runtime_dir: Path) -> Iterator[DaemonProcess]:
-    daemon = DaemonProcess(runtime_dir / "skeyd")
-    try:
-        daemon.start("--allow-adoption")
-        yield daemon
-    finally:
-        daemon.end_everything()
 
 
 def test_adopting_again_and_again_leaves_qemu_as_it_was(daemon: DaemonProcess, qemu: Qemu) -> None:
