@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Final
 
@@ -10,6 +11,7 @@ NAME_MAX: Final = 255
 COMMAND_MAX: Final = 256 * 1024
 """Bytes of a command line that are looked at; one can have several MiB, and a VMM's name comes early."""
 
+_ASKER: Final = (b"vm", b"adopt")
 _OPTION: Final = re.compile(rb"--?name(?:=(.*))?", re.DOTALL)
 # util/qemu-option.c @ v7.2: a comma that belongs to a value is written twice.
 _KEY: Final = re.compile(rb"([^=,]*)=")
@@ -41,8 +43,11 @@ def name_of(pid: int) -> str:
 def name_in(arguments: list[bytes]) -> str:
     """Return the guest's name of a command line: of `-name NAME`, `-name guest=NAME,…`, with `=` or two dashes too.
 
-    "" where there is none that `is_name`. As in QEMU, the last one counts.
+    "" where there is none that `is_name`. As in QEMU, the last one counts. "" of a `skeyctl vm adopt` too.
     """
+    # With a sudo before it, as well. Where skeyd may not see its descriptors it would pass for a VMM of that name.
+    if _ASKER in itertools.pairwise(arguments):
+        return ""
     found = b""
     for index, argument in enumerate(arguments[1:], 1):
         option = _OPTION.fullmatch(argument)

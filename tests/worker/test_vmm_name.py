@@ -134,3 +134,10 @@ def test_a_process_that_has_ended_has_none() -> None:
     os.close(pidfd)
     with pytest.raises((FileNotFoundError, ProcessLookupError)):
         name_of(pid)
+
+
+def test_who_asks_for_a_vmm_of_that_name_is_none() -> None:
+    asks = [b"vm", b"adopt", b"guest", b"--name", b"web"]
+    for command in ([b"skeyctl"], [b"sudo", b"skeyctl", b"--target", b"unix:/run/x"]):
+        assert name_in([*command, *asks]) == ""
+    assert name_in([b"qemu", b"adopt", b"vm", b"-name", b"web"]) == "web"
