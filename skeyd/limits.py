@@ -17,6 +17,12 @@ instructions that need the host wait for it."""
 MAX_SLICE_SECONDS: Final = 1.0
 """The same where a request asks for more. A slice is never over 262,144 keys, whatever it may take."""
 
+DEFAULT_HOLD_SECONDS: Final = 1.0
+"""How long one call may hold a thread of an adopted VM's VMM where AdoptVm doesn't say."""
+
+MAX_HOLD_SECONDS: Final = 10.0
+"""The most that it may say."""
+
 DEFAULT_FREEZE_SECONDS: Final = 1.0
 """How long a VMM may stand still for a frozen read where the request doesn't say."""
 

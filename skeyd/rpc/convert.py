@@ -71,9 +71,6 @@ _ANSWERS = {
     False: host_service_pb2.ANSWER_NO,
 }
 
-DEFAULT_HOLD_MS = 1000
-"""How long a call may hold a thread of the VMM where the request doesn't say."""
-
 _NAME_MAX = 255
 """Bytes in a file's name, on every file system of Linux."""
 
@@ -127,7 +124,7 @@ def adoption_spec_of(request: vm_service_pb2.AdoptVmRequest) -> Spec:
     slots = tuple(SlotSpec(slot.guest_phys_addr, slot.memory_size, "vmm") for slot in request.memory_slots)
     if slots:
         check_slots(slots)
-    hold_ms = DEFAULT_HOLD_MS
+    hold_ms = round(limits.DEFAULT_HOLD_SECONDS * 1000)
     if request.HasField("max_hold_time"):
         wanted = request.max_hold_time
         hold_ms = wanted.seconds * 1000 + wanted.nanos // 1_000_000

@@ -122,6 +122,7 @@ BAD: dict[str, dict[tuple[str | int, ...], list[Any]]] = {
         ("uid",): [*NO_TEXT, *BAD_UID],
         ("incarnation",): [*NO_TEXT, "", "0" * 31, "0" * 33, "G" * 32, "A" * 32, "0" * 32 + "\n"],
         ("keyop",): [None, 0, 1, 1.5, "true", [], {}],
+        ("freezes",): [0, 1, 1.5, "true", [], {}],
         ("kind",): [*NO_TEXT, *BAD_KIND],
         ("kernel",): [*NO_TEXT, LONG],
         ("version",): [*NO_TEXT, LONG],
@@ -194,8 +195,11 @@ def _holder(message: dict[str, Any], place: tuple[str | int, ...]) -> Any:
     return holder
 
 
-MAY_BE_MISSING = (("adoption", "name"), ("vmm", "name"), ("vmm",))
-"""In a spec, which can be an older front's, and but for the last in a hello."""
+MAY_BE_MISSING: dict[str, tuple[tuple[str, ...], ...]] = {
+    "spec": (("adoption", "name"), ("vmm", "name"), ("vmm",)),
+    "hello": (("vmm", "name"), ("freezes",)),
+}
+"""Who wrote it can be older than these."""
 every_field = pytest.mark.parametrize(("kind", "place"), [one for kind in READERS for one in _places(kind)])
 
 
@@ -397,7 +401,7 @@ def test_a_field_that_is_missing_is_refused_by_name(kind: str, place: tuple[str 
     good, read = READERS[kind]
     message = copy.deepcopy(good)
     del _holder(message, place)[place[-1]]
-    if place in MAY_BE_MISSING and (kind == "spec" or len(place) > 1):
+    if place in MAY_BE_MISSING.get(kind, ()):
         read(_over_the_wire(message))
         return
     with pytest.raises(ProtocolError, match=str(place[-1])):
@@ -593,6 +597,11 @@ def test_the_largest_slot_is_the_kernels_number_of_frames_in_whole_mebibytes() -
     frames = (1 << 31) - 1
     assert MAX_MEMORY <= frames * 4096 < MAX_MEMORY + (1 << 20)
     assert MAX_MEMORY % (1 << 20) == 0
+
+
+def test_a_thread_is_held_for_as_long_as_the_limit_says() -> None:
+    assert limits.MAX_HOLD_SECONDS * 1000 == adoption.HOLD_MAX_MS
+    assert 1 <= limits.DEFAULT_HOLD_SECONDS * 1000 <= adoption.HOLD_MAX_MS
 
 
 def test_the_buffers_lie_side_by_side_and_hold_whole_slices_and_the_largest_chunk() -> None:
