@@ -9,8 +9,8 @@ from contextlib import ExitStack, contextmanager
 
 from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange, MemoryMap
-from skeyd.injection.errors import GoneError, InjectionError, NotAllowedError, TimedOutError
-from skeyd.injection.target import Target
+from skeyd.injection.errors import GoneError, InjectionError, NotAllowedError, TimedOutError, UnsupportedError
+from skeyd.injection.target import VM_LINK, Target
 from skeyd.injection.vm import ForeignVm
 from skeyd.kvm import abi
 from skeyd.kvm.errors import KvmError
@@ -19,7 +19,7 @@ from skeyd.worker.adoption import Adoption, Vmm
 from skeyd.worker.captures import keyless
 from skeyd.worker.held_capture import HeldCapture
 from skeyd.worker.packets import printable
-from skeyd.worker.protocol import SLICE_KEYS, Spec
+from skeyd.worker.protocol import SLICE_KEYS, Spec, is_skeyd_worker
 from skeyd.worker.slots import memory_map
 from skeyd.worker.vmm_name import name_of
 
@@ -41,7 +41,7 @@ class AdoptedVm:
             with ExitStack() as undo, _told():
                 target, name = _found(spec.adoption, undo)
                 who = _who(target, name)
-                fd = spec.adoption.fd if spec.adoption.fd >= 0 else _only_vm(target)
+                fd = _vm_fd(target, spec.adoption)
                 self._vm = undo.enter_context(ForeignVm(target, fd, SLICE_KEYS, spec.adoption.hold_ms / 1000))
                 if not self._vm.check_extension(abi.KVM_CAP_S390_SKEYS):
                     raise refusals.no_capability()
@@ -144,11 +144,17 @@ def _who(target: Target, name: str) -> dict[str, str]:
     }
 
 
-def _only_vm(target: Target) -> int:
+def _vm_fd(target: Target, adoption: Adoption) -> int:
     try:
-        fds = target.vm_fds()
+        links = target.links()
     except PermissionError as error:
         raise NotAllowedError(target.pid, f"the descriptors of process {target.pid} can't be read") from error
+    if is_skeyd_worker(links.values()):
+        # Two would set keys that don't know of each other.
+        raise UnsupportedError(target.pid, f"process {target.pid} is a worker of skeyd: its VM is served already")
+    if adoption.fd >= 0:
+        return adoption.fd
+    fds = sorted(fd for fd, link in links.items() if link == VM_LINK)
     if len(fds) != 1:
         which = f"the VMs {', '.join(map(str, fds))}: name one" if fds else "no VM"
         raise SkeydError(Reason.VMM_NOT_FOUND, f"process {target.pid} has {which}", {"vmm_pid": str(target.pid)})

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
@@ -85,6 +86,9 @@ MAX_MEMORY_SLOTS: Final = 32
 MAX_MEMORY: Final = (((1 << 31) - 1) << 12) & ~((1 << 20) - 1)
 """Bytes in a slot: KVM_MEM_MAX_NR_PAGES, 2^31 - 1 frames (include/linux/kvm_host.h @ v6.12), in whole MiB."""
 
+_DELETED: Final = " (deleted)"
+"""What /proc says behind a file's name."""
+
 VM_ID: Final = re.compile(r"[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?")
 UID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 INCARNATION: Final = re.compile(r"[0-9a-f]{32}")
@@ -92,6 +96,14 @@ NANOSECONDS_MAX: Final = 1 << 62
 """Of an ioctl; over a hundred years."""
 CREATED_MAX: Final = 253_402_300_799
 """The end of the year 9999, and of what a google.protobuf.Timestamp holds."""
+
+
+def is_skeyd_worker(links: Iterable[str]) -> bool:
+    """Whether a process is a worker, by what its descriptors link to: nobody else has a LOCK open.
+
+    Of whichever runtime directory, also one that is gone.
+    """
+    return any(link.removesuffix(_DELETED).endswith(f"/{LOCK}") for link in links)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from skeyd.injection.target import VCPU_LINK, VM_LINK
 from skeyd.injection.tracee import why_not_allowed
 from skeyd.worker.candidates import CANDIDATES_BYTES, CANDIDATES_MAX, FDS_MAX, Candidate, Found
 from skeyd.worker.packets import printable
-from skeyd.worker.protocol import LOCK
+from skeyd.worker.protocol import is_skeyd_worker
 from skeyd.worker.vmm_name import name_of
 from skeyd.worker.vmm_refusals import TRACE_REMEDY
 
@@ -37,7 +37,6 @@ _MARGIN: Final = 1024
 
 _KERNEL_THREAD: Final = 0x00200000
 """PF_KTHREAD, include/linux/sched.h @ v6.12: it has no descriptors, and nobody but root may know."""
-_DELETED: Final = " (deleted)"
 _PAGE_SIZE: Final = (6, 4096)
 """AT_PAGESZ of an auxiliary vector, include/uapi/linux/auxvec.h @ v6.12."""
 _PAIR: Final = struct.Struct("=QQ")
@@ -62,7 +61,7 @@ def find_candidates(seconds: float = SECONDS) -> Found:
             vms = sorted(fd for fd, link in links.items() if link == VM_LINK)
             if not vms:
                 continue
-            if any(_is_lock(link) for link in links.values()):
+            if is_skeyd_worker(links.values()):
                 workers += _is_still(pid, start_time)
                 continue
             candidate = _candidate(pid, start_time, vms, links)
@@ -155,11 +154,6 @@ def _links(pid: int) -> dict[int, str]:
             except FileNotFoundError:
                 continue  # closed meanwhile
     return found
-
-
-def _is_lock(link: str) -> bool:
-    # Of all processes only a worker of skeyd's, of whichever runtime directory, has a file of that name open.
-    return link.removesuffix(_DELETED).endswith(f"/{LOCK}")
 
 
 def _candidate(pid: int, start_time: int, vms: list[int], links: dict[int, str]) -> Candidate:

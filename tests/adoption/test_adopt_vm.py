@@ -18,6 +18,8 @@ from google.protobuf.duration_pb2 import Duration
 
 from skeyd.v1 import vm_pb2, vm_service_pb2
 from skeyd.worker.adoption import HOLD_MAX_MS
+from skeyd.worker.protocol import LOCK
+from tests.adoption import owners
 from tests.daemon import DaemonProcess
 from tests.injection.victims import Victim, cannot, differences, look_at_process
 from tests.rpc.stubs import Refusal, Stubs, refusal
@@ -118,6 +120,16 @@ def test_a_process_that_is_not_there_or_has_no_such_vm_is_not_found(stubs: Stubs
             assert (found.code, found.reason) == (grpc.StatusCode.NOT_FOUND, "VMM_NOT_FOUND"), found
             assert said in found.message
             assert found.metadata["vmm_pid"] == str(fields["pid"])
+
+
+def test_a_worker_of_skeyds_is_not_adopted_its_vm_is_served_already(stubs: Stubs, tmp_path: Path) -> None:
+    with owners.owner(1, lock=str(tmp_path / LOCK)) as worker:
+        before = look_at_process(worker.pid)
+        for fields in ({}, {"vm_fd": 4}):
+            found = refused(stubs, pid=worker.pid, **fields)
+            assert (found.code, found.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "VMM_UNSUITABLE")
+            assert "is a worker of skeyd" in found.message
+        assert differences(before, look_at_process(worker.pid)) == {}
 
 
 def test_a_process_that_is_traced_is_said_to_be(stubs: Stubs) -> None:
