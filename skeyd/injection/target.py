@@ -15,7 +15,8 @@ from skeyd.injection.errors import AlreadyTracedError, GoneError, UnsupportedErr
 from skeyd.injection.machine import Machine, this_machine
 
 VM_LINK: Final = "anon_inode:kvm-vm"
-VCPU_LINK: Final = "anon_inode:kvm-vcpu"
+VCPU_LINK: Final = "anon_inode:kvm-vcpu:"
+"""A number follows. "kvm-vcpu-stats:" is a vCPU's counters, which later QEMUs have open, and 7.2 has not (seen)."""
 _KVM_RUN: Final = 0xAE80
 """_IO(KVMIO, 0x80): what a vCPU thread is in while its guest runs."""
 _VCPU_NAME: Final = re.compile(r"CPU \d+/KVM")
