@@ -151,6 +151,8 @@ def test_a_process_is_afterwards_what_it_was() -> None:
 def test_a_signal_waits_for_the_end_or_stops_in_front_of_its_handler_and_is_never_lost() -> None:
     with Victim("threads") as victim:
         at = victim.counters()
+        # The first thread blocks signals until it has made the others, and two that are pending are one.
+        all_go_on(victim.pid, at)
 
         def look(injection: Injection) -> None:
             before = counted(victim.pid, at)
