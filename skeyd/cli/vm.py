@@ -27,6 +27,12 @@ _SIMULATED = {
     "7.0": vm_pb2.SIMULATED_KERNEL_LINUX_7_0,
     "7.2": vm_pb2.SIMULATED_KERNEL_LINUX_7_2,
 }
+_ACCESSES = {"injection": vm_pb2.ACCESS_INJECTION, "qmp": vm_pb2.ACCESS_QMP}
+_MEMORY_SOURCES = {
+    "given": vm_pb2.MEMORY_SOURCE_GIVEN,
+    "qmp": vm_pb2.MEMORY_SOURCE_QMP,
+    "probed": vm_pb2.MEMORY_SOURCE_PROBED,
+}
 _STATES = {number: name.removeprefix("VM_STATE_").lower() for name, number in vm_pb2.VmState.items() if number}
 _YES_OR_NO: dict[bool | None, str] = {True: "yes", False: "no"}
 _WRITE_OUTCOMES = {
@@ -72,14 +78,23 @@ def create(
 
 @vm.command()
 @click.argument("vm_id", metavar="ID")
-@click.option("--pid", type=click.IntRange(min=1), required=True, help="The process that owns the VM, a QEMU's.")
+@click.option("--pid", type=click.IntRange(min=1), help="The process that owns the VM, a QEMU's.")
+@click.option(
+    "--qmp-socket",
+    metavar="PATH",
+    help="The unix socket of its QMP monitor, without another client: it says which process and memory it is.",
+)
+@click.option(
+    "--access",
+    type=click.Choice(list(_ACCESSES)),
+    help="qmp: the VMM prints its keys, and none can be set. Default: injection where that is allowed.",
+)
 @click.option("--fd", type=click.IntRange(min=0), help="Its descriptor of the VM, where it has several.")
 @click.option(
     "--memory",
     "memories",
     metavar="SIZE[@ADDRESS]",
     multiple=True,
-    required=True,
     help="A memory slot as the VMM made it: 4G, 1G@64G. Without an address it follows the one before.",
 )
 @click.option("--max-hold-ms", type=click.IntRange(min=1), help="How long a call may hold the VMM's thread.")
@@ -88,16 +103,27 @@ def create(
 def adopt(
     target: str,
     vm_id: str,
-    pid: int,
+    pid: int | None,
+    qmp_socket: str | None,
+    access: str | None,
     fd: int | None,
     memories: tuple[str, ...],
     max_hold_ms: int | None,
     as_json: bool,
 ) -> None:
-    """Adopt a VM of another process, named ID: a thread of that process makes the calls."""
+    """Adopt a VM of another process, named ID: a thread of that process makes the calls, or its VMM prints its keys.
+
+    Without --qmp-socket --pid and --memory are needed.
+    """
+    if qmp_socket is None and (pid is None or not memories):
+        raise click.UsageError("say --qmp-socket, or --pid and --memory")
     request = vm_service_pb2.AdoptVmRequest(
-        vm_id=require_utf8(vm_id), pid=pid, vm_fd=fd, memory_slots=_slots(memories, with_backing=False)
+        vm_id=require_utf8(vm_id), pid=pid or 0, vm_fd=fd, memory_slots=_slots(memories, with_backing=False)
     )
+    if qmp_socket is not None:
+        request.qmp_socket = require_utf8(qmp_socket)
+    if access is not None:
+        request.access = _ACCESSES[access]
     if max_hold_ms is not None:
         request.max_hold_time.FromMilliseconds(max_hold_ms)
     with connect(target) as client:
@@ -121,7 +147,7 @@ def list_(target: str, as_json: bool) -> None:
     rows = [
         (
             one.name.removeprefix("vms/"),
-            _kind(one) or "unknown",
+            (_kind(one) or "unknown") + (", read-only" if _is_read_only(one) else ""),
             _state(one) or "unknown",
             _memory(one) if one.memory_slots else "-",
             _YES_OR_NO.get(_uses_keys(one), "-"),
@@ -146,7 +172,7 @@ def show(target: str, vm_id: str, as_json: bool) -> None:
     lines = {
         "name": found.name,
         "state": (_state(found) or "unknown") + (f": {found.state_reason}" if found.state_reason else ""),
-        "kind": _kind(found) or "unknown",
+        "kind": (_kind(found) or "unknown") + (", read-only" if _is_read_only(found) else ""),
         "kernel": found.kernel,
         "uses keys": _YES_OR_NO.get(_uses_keys(found), ""),
         "uid": found.uid,
@@ -261,6 +287,10 @@ def _uses_keys(vm: vm_pb2.Vm) -> bool | None:
     return vm.uses_storage_keys if vm.HasField("uses_storage_keys") else None
 
 
+def _is_read_only(vm: vm_pb2.Vm) -> bool:
+    return vm.vmm.access == vm_pb2.ACCESS_QMP
+
+
 def _backing(slot: vm_pb2.MemorySlot) -> str:
     return next((word for word, number in _ALL_BACKINGS.items() if number == slot.backing), "unknown")
 
@@ -279,7 +309,8 @@ def _size(size: int) -> str:
 def _vmm(vm: vm_pb2.Vm) -> str:
     if not vm.HasField("vmm"):
         return ""
-    return f"pid {vm.vmm.pid}, {vm.vmm.executable or 'unknown'}, uid {vm.vmm.uid}, VM descriptor {vm.vmm.vm_fd}"
+    how = f"VM descriptor {vm.vmm.vm_fd}" if vm.vmm.HasField("vm_fd") else "keys over QMP"
+    return f"pid {vm.vmm.pid}, {vm.vmm.executable or 'unknown'}, uid {vm.vmm.uid}, {how}"
 
 
 def _vmm_json(vm: vm_pb2.Vm) -> dict[str, Any] | None:
@@ -290,7 +321,9 @@ def _vmm_json(vm: vm_pb2.Vm) -> dict[str, Any] | None:
         "start_time": vm.vmm.start_time,
         "uid": vm.vmm.uid,
         "executable": vm.vmm.executable or None,
-        "vm_fd": vm.vmm.vm_fd,
+        "vm_fd": vm.vmm.vm_fd if vm.vmm.HasField("vm_fd") else None,
+        "memory_source": next((word for word, one in _MEMORY_SOURCES.items() if one == vm.vmm.memory_source), None),
+        "access": next((word for word, one in _ACCESSES.items() if one == vm.vmm.access), None),
     }
 
 

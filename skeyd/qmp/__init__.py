@@ -1,5 +1,5 @@
 """A client of QMP, the monitor protocol of QEMU. Standard library only: workers load it, and have no other packages.
 
 What answers may be anybody, and a VMM may be its guest's by now: each byte is checked, and everything has a deadline.
-PyPI's `qemu.qmp` was looked at and not taken: it is asyncio, and its lines may be 64 MiB (docs/qmp.md has more).
+PyPI's `qemu.qmp` is asyncio, and no part of the standard library: docs/qmp.md.
 """

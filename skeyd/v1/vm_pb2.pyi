@@ -148,6 +148,58 @@ VM_STATE_DEAD: VmState.ValueType  # 4
 """Its worker is gone and the VM with it, or the kernel has declared the VM dead. Delete it to free the name."""
 global___VmState = VmState
 
+class _MemorySource:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _MemorySourceEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_MemorySource.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    MEMORY_SOURCE_UNSPECIFIED: _MemorySource.ValueType  # 0
+    """Never sent."""
+    MEMORY_SOURCE_GIVEN: _MemorySource.ValueType  # 1
+    """The request."""
+    MEMORY_SOURCE_QMP: _MemorySource.ValueType  # 2
+    """The VMM, over QMP."""
+    MEMORY_SOURCE_PROBED: _MemorySource.ValueType  # 3
+    """The kernel: it was found out by reading keys."""
+
+class MemorySource(_MemorySource, metaclass=_MemorySourceEnumTypeWrapper):
+    """Who said which memory slots an adopted VM has."""
+
+MEMORY_SOURCE_UNSPECIFIED: MemorySource.ValueType  # 0
+"""Never sent."""
+MEMORY_SOURCE_GIVEN: MemorySource.ValueType  # 1
+"""The request."""
+MEMORY_SOURCE_QMP: MemorySource.ValueType  # 2
+"""The VMM, over QMP."""
+MEMORY_SOURCE_PROBED: MemorySource.ValueType  # 3
+"""The kernel: it was found out by reading keys."""
+global___MemorySource = MemorySource
+
+class _Access:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _AccessEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Access.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    ACCESS_UNSPECIFIED: _Access.ValueType  # 0
+    """In a request: injection, or QMP where the kernel doesn't let the worker trace the VMM and qmp_socket is given."""
+    ACCESS_INJECTION: _Access.ValueType  # 1
+    """A thread of the VMM makes the calls."""
+    ACCESS_QMP: _Access.ValueType  # 2
+    """The VMM prints its keys (QMP, dump-skeys). They can be read and not set, and the guest needs no KVM."""
+
+class Access(_Access, metaclass=_AccessEnumTypeWrapper):
+    """How the keys of an adopted VM are reached."""
+
+ACCESS_UNSPECIFIED: Access.ValueType  # 0
+"""In a request: injection, or QMP where the kernel doesn't let the worker trace the VMM and qmp_socket is given."""
+ACCESS_INJECTION: Access.ValueType  # 1
+"""A thread of the VMM makes the calls."""
+ACCESS_QMP: Access.ValueType  # 2
+"""The VMM prints its keys (QMP, dump-skeys). They can be read and not set, and the guest needs no KVM."""
+global___Access = Access
+
 class _WriteOutcome:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -329,6 +381,8 @@ class Vmm(google.protobuf.message.Message):
     UID_FIELD_NUMBER: builtins.int
     EXECUTABLE_FIELD_NUMBER: builtins.int
     VM_FD_FIELD_NUMBER: builtins.int
+    MEMORY_SOURCE_FIELD_NUMBER: builtins.int
+    ACCESS_FIELD_NUMBER: builtins.int
     pid: builtins.int
     """Process id."""
     start_time: builtins.int
@@ -338,7 +392,11 @@ class Vmm(google.protobuf.message.Message):
     executable: builtins.str
     """The file that it runs (/proc/PID/exe)."""
     vm_fd: builtins.int
-    """Its descriptor of the VM."""
+    """Its descriptor of the VM. Not set where none is used: access is ACCESS_QMP."""
+    memory_source: global___MemorySource.ValueType
+    """Who said where the guest has memory."""
+    access: global___Access.ValueType
+    """How the keys are reached."""
     def __init__(
         self,
         *,
@@ -346,9 +404,13 @@ class Vmm(google.protobuf.message.Message):
         start_time: builtins.int = ...,
         uid: builtins.int = ...,
         executable: builtins.str = ...,
-        vm_fd: builtins.int = ...,
+        vm_fd: builtins.int | None = ...,
+        memory_source: global___MemorySource.ValueType = ...,
+        access: global___Access.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["executable", b"executable", "pid", b"pid", "start_time", b"start_time", "uid", b"uid", "vm_fd", b"vm_fd"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_vm_fd", b"_vm_fd", "vm_fd", b"vm_fd"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_vm_fd", b"_vm_fd", "access", b"access", "executable", b"executable", "memory_source", b"memory_source", "pid", b"pid", "start_time", b"start_time", "uid", b"uid", "vm_fd", b"vm_fd"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_vm_fd", b"_vm_fd"]) -> typing.Literal["vm_fd"] | None: ...
 
 global___Vmm = Vmm
 

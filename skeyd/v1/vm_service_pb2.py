@@ -16,7 +16,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from skeyd.v1 import vm_pb2 as skeyd_dot_v1_dot_vm__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19skeyd/v1/vm_service.proto\x12\x08skeyd.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x11skeyd/v1/vm.proto\"v\n\x0eMemorySlotSpec\x12\x17\n\x0fguest_phys_addr\x18\x01 \x01(\x04\x12\x13\n\x0bmemory_size\x18\x02 \x01(\x04\x12(\n\x07\x62\x61\x63king\x18\x03 \x01(\x0e\x32\x17.skeyd.v1.MemoryBacking\x12\x0c\n\x04\x66ile\x18\x04 \x01(\t\"\xa5\x01\n\x0f\x43reateVmRequest\x12\r\n\x05vm_id\x18\x01 \x01(\t\x12\x1e\n\x04kind\x18\x02 \x01(\x0e\x32\x10.skeyd.v1.VmKind\x12.\n\x0cmemory_slots\x18\x03 \x03(\x0b\x32\x18.skeyd.v1.MemorySlotSpec\x12\x33\n\x10simulated_kernel\x18\x04 \x01(\x0e\x32\x19.skeyd.v1.SimulatedKernel\",\n\x10\x43reateVmResponse\x12\x18\n\x02vm\x18\x01 \x01(\x0b\x32\x0c.skeyd.v1.Vm\"\xc0\x01\n\x0e\x41\x64optVmRequest\x12\r\n\x05vm_id\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x03\x12\x12\n\nstart_time\x18\x03 \x01(\x04\x12\x12\n\x05vm_fd\x18\x04 \x01(\rH\x00\x88\x01\x01\x12.\n\x0cmemory_slots\x18\x05 \x03(\x0b\x32\x18.skeyd.v1.MemorySlotSpec\x12\x30\n\rmax_hold_time\x18\x06 \x01(\x0b\x32\x19.google.protobuf.DurationB\x08\n\x06_vm_fd\"+\n\x0f\x41\x64optVmResponse\x12\x18\n\x02vm\x18\x01 \x01(\x0b\x32\x0c.skeyd.v1.Vm\"\x1c\n\x0cGetVmRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\")\n\rGetVmResponse\x12\x18\n\x02vm\x18\x01 \x01(\x0b\x32\x0c.skeyd.v1.Vm\"\x10\n\x0eListVmsRequest\",\n\x0fListVmsResponse\x12\x19\n\x03vms\x18\x01 \x03(\x0b\x32\x0c.skeyd.v1.Vm\"\x1f\n\x0f\x44\x65leteVmRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x12\n\x10\x44\x65leteVmResponse2\xcb\x02\n\tVmService\x12\x41\n\x08\x43reateVm\x12\x19.skeyd.v1.CreateVmRequest\x1a\x1a.skeyd.v1.CreateVmResponse\x12>\n\x07\x41\x64optVm\x12\x18.skeyd.v1.AdoptVmRequest\x1a\x19.skeyd.v1.AdoptVmResponse\x12\x38\n\x05GetVm\x12\x16.skeyd.v1.GetVmRequest\x1a\x17.skeyd.v1.GetVmResponse\x12>\n\x07ListVms\x12\x18.skeyd.v1.ListVmsRequest\x1a\x19.skeyd.v1.ListVmsResponse\x12\x41\n\x08\x44\x65leteVm\x12\x19.skeyd.v1.DeleteVmRequest\x1a\x1a.skeyd.v1.DeleteVmResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19skeyd/v1/vm_service.proto\x12\x08skeyd.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x11skeyd/v1/vm.proto\"v\n\x0eMemorySlotSpec\x12\x17\n\x0fguest_phys_addr\x18\x01 \x01(\x04\x12\x13\n\x0bmemory_size\x18\x02 \x01(\x04\x12(\n\x07\x62\x61\x63king\x18\x03 \x01(\x0e\x32\x17.skeyd.v1.MemoryBacking\x12\x0c\n\x04\x66ile\x18\x04 \x01(\t\"\xa5\x01\n\x0f\x43reateVmRequest\x12\r\n\x05vm_id\x18\x01 \x01(\t\x12\x1e\n\x04kind\x18\x02 \x01(\x0e\x32\x10.skeyd.v1.VmKind\x12.\n\x0cmemory_slots\x18\x03 \x03(\x0b\x32\x18.skeyd.v1.MemorySlotSpec\x12\x33\n\x10simulated_kernel\x18\x04 \x01(\x0e\x32\x19.skeyd.v1.SimulatedKernel\",\n\x10\x43reateVmResponse\x12\x18\n\x02vm\x18\x01 \x01(\x0b\x32\x0c.skeyd.v1.Vm\"\xf6\x01\n\x0e\x41\x64optVmRequest\x12\r\n\x05vm_id\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x03\x12\x12\n\nstart_time\x18\x03 \x01(\x04\x12\x12\n\x05vm_fd\x18\x04 \x01(\rH\x00\x88\x01\x01\x12.\n\x0cmemory_slots\x18\x05 \x03(\x0b\x32\x18.skeyd.v1.MemorySlotSpec\x12\x30\n\rmax_hold_time\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nqmp_socket\x18\x07 \x01(\t\x12 \n\x06\x61\x63\x63\x65ss\x18\t \x01(\x0e\x32\x10.skeyd.v1.AccessB\x08\n\x06_vm_fd\"+\n\x0f\x41\x64optVmResponse\x12\x18\n\x02vm\x18\x01 \x01(\x0b\x32\x0c.skeyd.v1.Vm\"\x1c\n\x0cGetVmRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\")\n\rGetVmResponse\x12\x18\n\x02vm\x18\x01 \x01(\x0b\x32\x0c.skeyd.v1.Vm\"\x10\n\x0eListVmsRequest\",\n\x0fListVmsResponse\x12\x19\n\x03vms\x18\x01 \x03(\x0b\x32\x0c.skeyd.v1.Vm\"\x1f\n\x0f\x44\x65leteVmRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x12\n\x10\x44\x65leteVmResponse2\xcb\x02\n\tVmService\x12\x41\n\x08\x43reateVm\x12\x19.skeyd.v1.CreateVmRequest\x1a\x1a.skeyd.v1.CreateVmResponse\x12>\n\x07\x41\x64optVm\x12\x18.skeyd.v1.AdoptVmRequest\x1a\x19.skeyd.v1.AdoptVmResponse\x12\x38\n\x05GetVm\x12\x16.skeyd.v1.GetVmRequest\x1a\x17.skeyd.v1.GetVmResponse\x12>\n\x07ListVms\x12\x18.skeyd.v1.ListVmsRequest\x1a\x19.skeyd.v1.ListVmsResponse\x12\x41\n\x08\x44\x65leteVm\x12\x19.skeyd.v1.DeleteVmRequest\x1a\x1a.skeyd.v1.DeleteVmResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -30,21 +30,21 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_CREATEVMRESPONSE']._serialized_start=378
   _globals['_CREATEVMRESPONSE']._serialized_end=422
   _globals['_ADOPTVMREQUEST']._serialized_start=425
-  _globals['_ADOPTVMREQUEST']._serialized_end=617
-  _globals['_ADOPTVMRESPONSE']._serialized_start=619
-  _globals['_ADOPTVMRESPONSE']._serialized_end=662
-  _globals['_GETVMREQUEST']._serialized_start=664
-  _globals['_GETVMREQUEST']._serialized_end=692
-  _globals['_GETVMRESPONSE']._serialized_start=694
-  _globals['_GETVMRESPONSE']._serialized_end=735
-  _globals['_LISTVMSREQUEST']._serialized_start=737
-  _globals['_LISTVMSREQUEST']._serialized_end=753
-  _globals['_LISTVMSRESPONSE']._serialized_start=755
-  _globals['_LISTVMSRESPONSE']._serialized_end=799
-  _globals['_DELETEVMREQUEST']._serialized_start=801
-  _globals['_DELETEVMREQUEST']._serialized_end=832
-  _globals['_DELETEVMRESPONSE']._serialized_start=834
-  _globals['_DELETEVMRESPONSE']._serialized_end=852
-  _globals['_VMSERVICE']._serialized_start=855
-  _globals['_VMSERVICE']._serialized_end=1186
+  _globals['_ADOPTVMREQUEST']._serialized_end=671
+  _globals['_ADOPTVMRESPONSE']._serialized_start=673
+  _globals['_ADOPTVMRESPONSE']._serialized_end=716
+  _globals['_GETVMREQUEST']._serialized_start=718
+  _globals['_GETVMREQUEST']._serialized_end=746
+  _globals['_GETVMRESPONSE']._serialized_start=748
+  _globals['_GETVMRESPONSE']._serialized_end=789
+  _globals['_LISTVMSREQUEST']._serialized_start=791
+  _globals['_LISTVMSREQUEST']._serialized_end=807
+  _globals['_LISTVMSRESPONSE']._serialized_start=809
+  _globals['_LISTVMSRESPONSE']._serialized_end=853
+  _globals['_DELETEVMREQUEST']._serialized_start=855
+  _globals['_DELETEVMREQUEST']._serialized_end=886
+  _globals['_DELETEVMRESPONSE']._serialized_start=888
+  _globals['_DELETEVMRESPONSE']._serialized_end=906
+  _globals['_VMSERVICE']._serialized_start=909
+  _globals['_VMSERVICE']._serialized_end=1240
 # @@protoc_insertion_point(module_scope)

@@ -73,6 +73,7 @@ class VmServiceServicer(object):
         but those of its memory, and:
         NOT_FOUND VMM_NOT_FOUND: there is no such process, or it has no VM, or not that one, or several and none was named.
         FAILED_PRECONDITION VMM_NOT_TRACEABLE, VMM_SANDBOXED, VMM_UNSUITABLE. UNAVAILABLE VMM_TRACED, VMM_STUCK.
+        With qmp_socket: FAILED_PRECONDITION QMP_UNREACHABLE, QMP_FAILED. UNAVAILABLE QMP_BUSY: another has the monitor.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

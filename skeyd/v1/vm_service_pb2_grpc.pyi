@@ -50,6 +50,7 @@ class VmServiceStub:
     but those of its memory, and:
     NOT_FOUND VMM_NOT_FOUND: there is no such process, or it has no VM, or not that one, or several and none was named.
     FAILED_PRECONDITION VMM_NOT_TRACEABLE, VMM_SANDBOXED, VMM_UNSUITABLE. UNAVAILABLE VMM_TRACED, VMM_STUCK.
+    With qmp_socket: FAILED_PRECONDITION QMP_UNREACHABLE, QMP_FAILED. UNAVAILABLE QMP_BUSY: another has the monitor.
     """
 
     GetVm: grpc.UnaryUnaryMultiCallable[
@@ -108,6 +109,7 @@ class VmServiceAsyncStub:
     but those of its memory, and:
     NOT_FOUND VMM_NOT_FOUND: there is no such process, or it has no VM, or not that one, or several and none was named.
     FAILED_PRECONDITION VMM_NOT_TRACEABLE, VMM_SANDBOXED, VMM_UNSUITABLE. UNAVAILABLE VMM_TRACED, VMM_STUCK.
+    With qmp_socket: FAILED_PRECONDITION QMP_UNREACHABLE, QMP_FAILED. UNAVAILABLE QMP_BUSY: another has the monitor.
     """
 
     GetVm: grpc.aio.UnaryUnaryMultiCallable[
@@ -170,6 +172,7 @@ class VmServiceServicer(metaclass=abc.ABCMeta):
         but those of its memory, and:
         NOT_FOUND VMM_NOT_FOUND: there is no such process, or it has no VM, or not that one, or several and none was named.
         FAILED_PRECONDITION VMM_NOT_TRACEABLE, VMM_SANDBOXED, VMM_UNSUITABLE. UNAVAILABLE VMM_TRACED, VMM_STUCK.
+        With qmp_socket: FAILED_PRECONDITION QMP_UNREACHABLE, QMP_FAILED. UNAVAILABLE QMP_BUSY: another has the monitor.
         """
 
     @abc.abstractmethod

@@ -63,6 +63,7 @@ def read_chunks(
     Of the keys nothing is checked: `require_keys` does that.
     """
     memory_map = session.memory_map
+    session.take_snapshot()
     chunks = session.read_chunks(
         (part for part, mapped in _layout(memory_map, ranges, chunk_keys, start_at) if mapped), chunk_keys, pace
     )

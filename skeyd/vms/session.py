@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Self
 
-from skeyd.errors import Reason, SkeydError
+from skeyd.errors import Reason, SkeydError, read_only
 from skeyd.gfn import GfnRange, MemoryMap
 from skeyd.limits import DEFAULT_SLICE_SECONDS, WORKER_ANSWER_SECONDS, WORKER_HELLO_SECONDS
 from skeyd.linux import is_sealed_memfd, peer_of
@@ -109,6 +109,24 @@ class Session:
         finally:
             # A refusal too leaves a session that can be used.
             self._channel.connection.settimeout(self._answer_seconds)
+
+    def require_writable(self) -> None:
+        """BACKEND_READ_ONLY where the VM's keys can't be set."""
+        if self._is_read_only:
+            raise read_only(self.hello.vm_id)
+
+    def take_snapshot(self) -> None:
+        """Have what is read from now on be of one time, where keys are reached in a way that allows it; else nothing.
+
+        SkeydError TOO_MANY_CALLS_ON_VM: others hold as many as there may be.
+        """
+        if self._is_read_only:
+            with self._strict():
+                self._call({"op": "snapshot"}).boolean("uses_keys")
+
+    @property
+    def _is_read_only(self) -> bool:
+        return self.hello.vmm is not None and self.hello.vmm.access == "qmp"
 
     def read_chunks(self, chunks: Iterable[GfnRange], chunk_keys: int, pace: Pace) -> Iterator[ChunkRead]:
         """Read ranges of at most `chunk_keys` frames, which are at most BUFFER_KEYS, ahead of the caller.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from skeyd.errors import Reason, SkeydError
@@ -47,6 +47,9 @@ class AdoptedVm:
             self.has_keyop = bool(self._vm.check_extension(abi.KVM_CAP_S390_KEYOP))
             self._target = target
             self._resources = undo.pop_all()
+
+    snapshot: Callable[[], None] | None = None
+    """A running guest's keys are read slice by slice."""
 
     def fileno(self) -> int:
         """Return a descriptor that is readable once the owner has ended; it stays this object's."""

@@ -22,7 +22,7 @@ from skeyd.worker.channel import address_in
 from skeyd.worker.owned import OwnedVm
 from skeyd.worker.packets import MESSAGE_MAX, ProtocolError, decode, error_message
 from skeyd.worker.protocol import LOCK, SOCKET, Hello, Spec
-from skeyd.worker.service import HasFileno, Service
+from skeyd.worker.service import HasFileno, KeysKept, Service
 from skeyd.worker.simulated import SimulatedVm
 from skeyd.worker.traceback_log import log_traceback
 
@@ -84,7 +84,7 @@ def _prepare(directory_fd: int, resources: ExitStack) -> tuple[Service, list[Has
     for ignored in (signal.SIGINT, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     wake, _ = resources.enter_context(signals_by_socket([signal.SIGTERM]))
-    backend, ends, release, vmm = _backend(spec)
+    backend, ends, release, vmm, snapshot = _backend(spec)
     resources.callback(backend.close)
     hello = Hello(
         vm_id=spec.vm_id,
@@ -102,22 +102,27 @@ def _prepare(directory_fd: int, resources: ExitStack) -> tuple[Service, list[Has
     listener = resources.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
     listener.bind(address_in(directory_fd, SOCKET))
     listener.listen(_BACKLOG)
-    return Service(listener, hello, backend, partial(open_unnamed, directory_fd), release), [wake, *ends]
+    return Service(listener, hello, backend, partial(open_unnamed, directory_fd), release, snapshot), [
+        wake,
+        *ends,
+    ]
 
 
-def _backend(spec: Spec) -> tuple[Backend, list[HasFileno], Callable[[], None] | None, Vmm | None]:
-    # And what becomes readable once the VM has ended by itself, what is to be done before its worker may end, and whose
-    # it is.
+def _backend(
+    spec: Spec,
+) -> tuple[Backend, list[HasFileno], Callable[[], None] | None, Vmm | None, Callable[[], KeysKept | None] | None]:
+    # And what becomes readable once the VM has ended by itself, what is to be done before its worker may end, whose it
+    # is, and how all of its keys are read at once where that is the way to them.
     match spec.kind:
         case "owned":
-            return OwnedVm(spec), [], None, None
+            return OwnedVm(spec), [], None, None, None
         case "adopted":
             # Here, so that other kinds' workers don't pay for what they never use.
-            from skeyd.worker.adopted import AdoptedVm
+            from skeyd.worker.adopting import adopt
 
-            adopted = AdoptedVm(spec)
-            return adopted, [adopted], adopted.release, adopted.vmm
-    return SimulatedVm(spec), [], None, None
+            vm = adopt(spec)
+            return vm, [vm], vm.release, vm.vmm, vm.snapshot
+    return SimulatedVm(spec), [], None, None, None
 
 
 def _say(message: dict[str, Any]) -> None:

@@ -8,6 +8,8 @@ worker makes for each connection, each as large as the largest chunk, so that se
                      {"op": "attach"}                                  → {"ok": {}} and the memfd
                      {"op": "get", "buffer", "offset", "start", "count"}
                                                                        → {"ok": {"uses_keys": bool, "ns": int}}
+                     {"op": "snapshot"}                                → {"ok": {"uses_keys": bool}}
+                       what this connection gets from now on is of that time; of VMs that are reached over QMP
                      {"op": "set", "buffer", "offset", "start", "count", "allow_enable"}
                                                             → {"ok": {"repaired": int, "enabled": bool, "ns": int}}
                      {"op": "keyop", "operation", "gfn", "key"}

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable, Iterable
 from typing import Any, Final, Protocol
 
-from skeyd.errors import Reason, SkeydError
+from skeyd.errors import Reason, SkeydError, read_only
 from skeyd.gfn import GfnRange
 from skeyd.linux import peer_of, sealed_memfd
 from skeyd.storage_key import GFN_LIMIT
@@ -27,6 +27,21 @@ MAX_CONNECTIONS: Final = 128
 """Connections at once; one more is closed unanswered. Each costs BUFFER_BYTES at most."""
 
 
+MAX_SNAPSHOTS: Final = 4
+"""Connections that hold one at once; each costs a byte a key of the guest at worst."""
+
+
+_SETTING: Final = ("set", "begin", "keyop")
+"""Ops that set keys, or are about to."""
+
+
+class KeysKept(Protocol):
+    """All keys as they were at one time: what is read of them in slices belongs together."""
+
+    def read(self, frames: GfnRange, into: memoryview) -> None:
+        """Fill `into` with the keys of frames that are in memory slots."""
+
+
 class HasFileno(Protocol):
     """A descriptor's owner."""
 
@@ -38,6 +53,8 @@ class _Connection:
     def __init__(self, connection: socket.socket) -> None:
         self.channel = Channel(connection)
         self.buffers: mmap.mmap | None = None
+        self.kept: KeysKept | None = None
+        """What "get" reads from, if it isn't the guest itself."""
 
     def close(self) -> None:
         self.channel.close()
@@ -50,7 +67,8 @@ class Service:
 
     A connection that breaks the protocol is closed; the others and the VM go on. With `release` the VM
     outlives this process: it is called before a shutdown request is obeyed, what it raises is the answer, and all goes
-    on; VM_BUSY while a call runs or is rolled back.
+    on; VM_BUSY while a call runs or is rolled back. `snapshot` reads all keys at once, or says with None that the guest
+    uses none; a VM that has it can't have keys set.
     """
 
     def __init__(
@@ -60,10 +78,12 @@ class Service:
         backend: Backend,
         open_journal: Callable[[], int],
         release: Callable[[], None] | None = None,
+        snapshot: Callable[[], KeysKept | None] | None = None,
     ) -> None:
         self._listener = listener
         self._hello = hello
         self._release = release
+        self._snapshot = snapshot
         self._keys = Keys(backend)
         self._keyops = KeyOps(backend, self._keys)
         self._transactions = Transactions(self._keys, open_journal)
@@ -140,7 +160,10 @@ class Service:
             self._send(connection, {"ok": answer}, fd)
 
     def _answer(self, connection: _Connection, request: Fields) -> tuple[dict[str, Any], int | None]:
-        match request.text("op"):
+        op = request.text("op")
+        if self._snapshot is not None and op in _SETTING:
+            raise read_only(self._hello.vm_id)
+        match op:
             case "status":
                 return {"uses_keys": self._keys.uses_keys(), **_last_write(self._transactions.outcome())}, None
             case "attach":
@@ -148,9 +171,14 @@ class Service:
             case "get":
                 frames, view = self._slice(connection, request)
                 with view:
+                    if connection.kept is not None:
+                        connection.kept.read(frames, view)
+                        return {"uses_keys": True, "ns": 0}, None
                     self._keys.take_longest()
                     uses_keys = self._keys.read(frames, view)
                     return {"uses_keys": uses_keys, "ns": self._keys.take_longest()}, None
+            case "snapshot":
+                return {"uses_keys": self._keep(connection)}, None
             case "set":
                 return self._set(connection, request), None
             case "begin":
@@ -202,6 +230,17 @@ class Service:
             self._transactions.forget_kept()
             written = self._keys.write(frames, keys, allow_enable)
         return {"repaired": written.repaired, "enabled": written.enabled, "ns": self._keys.take_longest()}
+
+    def _keep(self, connection: _Connection) -> bool:
+        if self._snapshot is None:
+            raise ProtocolError("a snapshot of a VM that has none")
+        connection.kept = None
+        if sum(one.kept is not None for one in self._connections) >= MAX_SNAPSHOTS:
+            raise SkeydError(
+                Reason.TOO_MANY_CALLS_ON_VM, f"{MAX_SNAPSHOTS} streams hold all keys of vms/{self._hello.vm_id} already"
+            )
+        connection.kept = self._snapshot()
+        return connection.kept is not None
 
     def _roll_back(self) -> None:
         try:

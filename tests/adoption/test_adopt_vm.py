@@ -86,6 +86,13 @@ def test_nobody_adopts_anything_unless_the_daemon_was_started_so(shared_daemon: 
         ({"pid": (1 << 31) + 1}, "REQUEST_INVALID"),
         ({"vm_fd": 1 << 31}, "REQUEST_INVALID"),
         ({"memory_slots": []}, "MEMORY_INVALID"),
+        ({"qmp_socket": "run/qmp"}, "REQUEST_INVALID"),
+        ({"qmp_socket": "/run/\n/qmp"}, "REQUEST_INVALID"),
+        ({"qmp_socket": "/" + "x" * 1024}, "REQUEST_INVALID"),
+        ({"qmp_socket": "/run/qmp", "pid": -1}, "REQUEST_INVALID"),
+        ({"qmp_socket": "/run/qmp", "access": 3}, "REQUEST_INVALID"),
+        ({"qmp_socket": "/run/qmp", "access": vm_pb2.ACCESS_QMP, "vm_fd": 3}, "REQUEST_INVALID"),
+        ({"access": vm_pb2.ACCESS_QMP}, "REQUEST_INVALID"),
         ({"memory_slots": [vm_service_pb2.MemorySlotSpec(memory_size=4096)]}, "MEMORY_INVALID"),
         (
             {"memory_slots": [vm_service_pb2.MemorySlotSpec(memory_size=MIB, backing=vm_pb2.MEMORY_BACKING_MEMFD)]},

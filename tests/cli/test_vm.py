@@ -222,6 +222,8 @@ def test_a_vm_of_another_process_is_asked_for_as_the_options_say(runtime_dir: Pa
             "uid": 0,
             "executable": None,
             "vm_fd": 0,
+            "memory_source": None,
+            "access": None,
         }
         first, second = daemon.adopted
     slots = [(one.guest_phys_addr, one.memory_size, one.backing, one.file) for one in first.memory_slots]

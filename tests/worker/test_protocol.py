@@ -83,6 +83,8 @@ BAD: dict[str, dict[tuple[str | int, ...], list[Any]]] = {
         ("adoption", "start_time"): [*NO_INTEGER, -1, (1 << 64) + 1],
         ("adoption", "fd"): [*NO_INTEGER, -2, 1 << 31],
         ("adoption", "hold_ms"): [*NO_INTEGER, -1, 0, 10_001],
+        ("adoption", "qmp_socket"): [*NO_TEXT, LONG],
+        ("adoption", "access"): [*NO_TEXT, "QMP", "ptrace", "qmp\n"],
         ("slots",): [*NO_LIST, *([one] for one in NO_OBJECT)],
         ("slots", 1, "guest_phys_addr"): [*NO_INTEGER, -1, 1 << 64],
         ("slots", 1, "size"): [*NO_INTEGER, -1, 0, MAX_MEMORY + 1, 1 << 64],
@@ -106,6 +108,8 @@ BAD: dict[str, dict[tuple[str | int, ...], list[Any]]] = {
         ("vmm", "uid"): [*NO_INTEGER, -1, 1 << 32],
         ("vmm", "executable"): [*NO_TEXT, LONG],
         ("vmm", "fd"): [*NO_INTEGER, -1, 1 << 31],
+        ("vmm", "memory_source"): [*NO_TEXT, "", "Given", "qmp\n"],
+        ("vmm", "access"): [*NO_TEXT, "", "QMP", "injection\n"],
         ("slots",): [*NO_LIST, *([one] for one in NO_OBJECT)],
         ("slots", 1, "slot"): [*NO_INTEGER, -1, MAX_MEMORY_SLOTS],
         ("slots", 1, "start"): [*NO_INTEGER, -1, 1 << 64],
@@ -201,6 +205,8 @@ _frames = st.integers(0, (1 << 64) - 1).flatmap(
             st.integers(0, 1 << 64),
             st.integers(0, adoption.FD_MAX),
             st.integers(1, adoption.HOLD_MAX_MS),
+            _texts,
+            st.sampled_from(("", *adoption.ACCESSES)),
         ),
     ).map(lambda spec: spec if spec.kind == "adopted" else replace(spec, adoption=None))
 )
@@ -215,6 +221,18 @@ def test_only_an_adopted_vm_is_another_processs(kind: str) -> None:
         Spec.from_message(_over_the_wire(replace(SPEC, kind=kind).to_message()))
     with pytest.raises(ProtocolError, match=f"the vmm of a VM of kind {kind}"):
         Hello.from_message(_over_the_wire(replace(HELLO, kind=kind).to_message()))
+
+
+def test_a_process_without_a_number_is_one_that_listens() -> None:
+    assert SPEC.adoption is not None
+    spec = replace(SPEC, adoption=replace(SPEC.adoption, pid=0, qmp_socket="/run/vm/qmp", access="qmp"))
+    assert Spec.from_message(_over_the_wire(spec.to_message())) == spec
+
+
+def test_only_a_vmm_that_prints_its_keys_has_no_descriptor() -> None:
+    assert HELLO.vmm is not None
+    hello = replace(HELLO, vmm=replace(HELLO.vmm, fd=-1, access="qmp"))
+    assert Hello.from_message(_over_the_wire(hello.to_message())) == hello
 
 
 @given(
@@ -242,6 +260,8 @@ def test_only_an_adopted_vm_is_another_processs(kind: str) -> None:
             st.integers(0, adoption.UID_MAX),
             _texts,
             st.integers(0, adoption.FD_MAX),
+            st.sampled_from(adoption.MEMORY_SOURCES),
+            st.sampled_from(adoption.ACCESSES),
         ),
     ).map(lambda hello: hello if hello.kind == "adopted" else replace(hello, vmm=None))
 )
