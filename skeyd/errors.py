@@ -56,7 +56,11 @@ class Reason(enum.Enum):
     VMM_STUCK = "The VMM's thread did not stop in time, or the call that it made did not end in time."
     VMM_UNSUITABLE = "What the VMM is, or has done, keeps calls from being made in it; the message says what."
     FREEZE_EXPIRED = "The freeze_budget passed before all keys were read; what was held goes on, and none is given."
-    FREEZE_UNSUPPORTED = "The VM's worker is of an earlier build, which reads no keys of one moment."
+    FREEZE_UNSUPPORTED = "The VM's worker reads no keys of one moment: it is of an earlier build, or uses QMP."
+    QMP_UNREACHABLE = "Nobody listens at the QMP socket, or the worker may not connect to it."
+    QMP_BUSY = "The QMP monitor says nothing in time: another client has it, or the VMM is stopped or at work."
+    QMP_FAILED = "What answers at the QMP socket refused a command, or is no QMP monitor."
+    BACKEND_READ_ONLY = "The VM's keys are reached over QMP, which can read them and not set them."
     # the host
     KVM_UNAVAILABLE = "/dev/kvm is missing or not for the worker's user."
     CAP_S390_SKEYS_MISSING = "The kernel has no storage-key calls: it is no s390x host, or a very old one."
@@ -101,6 +105,16 @@ def no_keyop() -> SkeydError:
         Reason.CAP_S390_KEYOP_MISSING,
         "this VM's kernel has no KVM_S390_KEYOP (KVM_CAP_S390_KEYOP is 0), which came with Linux 7.0; no other call "
         "does it in one step",
+    )
+
+
+def read_only(vm_id: str) -> SkeydError:
+    """Return the refusal to set keys of a VM whose keys its VMM prints."""
+    name = f"vms/{vm_id}"
+    return SkeydError(
+        Reason.BACKEND_READ_ONLY,
+        f"the keys of {name} are reached over QMP, which can't set any; adopt it with access by injection",
+        {"vm": name},
     )
 
 

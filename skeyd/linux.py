@@ -13,7 +13,7 @@ import socket
 import stat
 import struct
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -75,6 +75,26 @@ def is_sealed_memfd(fd: int, size: int) -> bool:
     except OSError:
         return False
     return seals & _SEALS == _SEALS and os.fstat(fd).st_size == size
+
+
+def wide_pipe(size: int) -> tuple[int, int]:
+    """Make a pipe for a stranger to open by its path in /proc/PID/fd and write into: (end to read, end to write).
+
+    It holds `size` bytes where the kernel allows that, so that the ends wait for each other less often. Reading never
+    waits.
+    """
+    read, write = os.pipe2(os.O_CLOEXEC)
+    try:
+        os.set_blocking(read, False)
+        # To write, for any user: who has no descriptor of it has no path to it either.
+        os.fchmod(write, 0o622)
+        with suppress(OSError):  # more than fs.pipe-max-size, or than this user may have
+            fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, size)
+    except BaseException:
+        os.close(read)
+        os.close(write)
+        raise
+    return read, write
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,10 @@ from tests.processes import links_of, look_at, wait_for_end
 class DaemonProcess:
     """A daemon on a runtime directory. It can be killed and started again; its VMs' workers stay, as in life."""
 
-    def __init__(self, runtime_dir: Path) -> None:
+    def __init__(self, runtime_dir: Path, through: tuple[str, ...] = ()) -> None:
+        """`through` is a program that becomes the daemon, with its arguments."""
         self.runtime_dir = runtime_dir
+        self._through = through
         self.target = f"unix:{runtime_dir}/skeyd.sock"
         self.addresses: list[str] = []
         self.log: list[dict[str, Any]] = []
@@ -35,7 +37,10 @@ class DaemonProcess:
         """Start it and wait until it serves. AssertionError with its log where it doesn't."""
         self._lines = queue.Queue()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "skeyd.server", "--runtime-dir", str(self.runtime_dir), *arguments],
+            [
+                *self._through,
+                *(sys.executable, "-m", "skeyd.server", "--runtime-dir", str(self.runtime_dir), *arguments),
+            ],
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )

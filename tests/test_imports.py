@@ -32,7 +32,8 @@ NOT_FOR_WORKERS = {"checksum", "digest", "encoding", "limits", "paths", "summary
 MAY_IMPORT_OF_SKEYD = {
     "kvm": {"kvm", "linux", "storage_key"},
     "injection": {"injection", "kvm", "storage_key"},
-    "worker": {"worker", "injection", "kvm", *(LEAVES - NOT_FOR_WORKERS)},
+    "qmp": {"qmp", "linux"},
+    "worker": {"worker", "injection", "qmp", "kvm", *(LEAVES - NOT_FOR_WORKERS)},
     "vms": {
         "vms",
         "worker.protocol",
@@ -129,7 +130,7 @@ def is_below_module(names: set[str], module: str) -> bool:
     [
         path
         for path in MODULES
-        if place(path).partition(".")[0] in ("kvm", "injection", "worker") or place(path) in LEAVES
+        if place(path).partition(".")[0] in ("kvm", "injection", "qmp", "worker") or place(path) in LEAVES
     ],
     ids=place,
 )

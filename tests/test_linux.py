@@ -27,6 +27,7 @@ from skeyd.linux import (
     sealed_memfd,
     signals_by_socket,
     take_lock,
+    wide_pipe,
     write_in_vain,
 )
 from tests.daemon import DaemonProcess
@@ -328,3 +329,23 @@ def test_files_and_pipes_without_a_reader_are_left_as_they_are(tmp_path: Path) -
     finally:
         os.close(fd)
         os.close(file)
+
+
+@pytest.mark.parametrize("size", [1 << 12, 1 << 20])
+def test_a_pipe_for_a_stranger_is_opened_by_its_path_and_never_waited_for(size: int) -> None:
+    read, write = wide_pipe(size)
+    try:
+        with pytest.raises(BlockingIOError):
+            os.read(read, 1)
+        assert os.fstat(write).st_mode & 0o777 == 0o622
+        assert fcntl.fcntl(read, fcntl.F_GETPIPE_SZ) >= min(size, 1 << 16)
+        assert not os.get_inheritable(read)
+        assert not os.get_inheritable(write)
+        anew = os.open(f"/proc/self/fd/{write}", os.O_WRONLY | os.O_CLOEXEC)
+        os.close(write)
+        write = anew
+        assert os.write(write, b"x") == 1
+        assert os.read(read, 2) == b"x"
+    finally:
+        os.close(read)
+        os.close(write)

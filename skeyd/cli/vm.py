@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -28,6 +28,11 @@ _SIMULATED = {
     "7.0": vm_pb2.SIMULATED_KERNEL_LINUX_7_0,
     "7.2": vm_pb2.SIMULATED_KERNEL_LINUX_7_2,
 }
+_ACCESSES = {"injection": vm_pb2.ACCESS_INJECTION, "qmp": vm_pb2.ACCESS_QMP}
+# What a request holds; what makes sense is the daemon's to say.
+_INT64: Final = (1 << 63) - 1
+_UINT64: Final = (1 << 64) - 1
+_UINT32: Final = (1 << 32) - 1
 _STATES = {number: name.removeprefix("VM_STATE_").lower() for name, number in vm_pb2.VmState.items() if number}
 _YES_OR_NO: dict[bool | None, str] = {True: "yes", False: "no"}
 _MEMORY_SOURCES = {
@@ -79,18 +84,34 @@ def create(
 
 @vm.command()
 @click.argument("vm_id", metavar="ID")
-@click.option("--pid", type=click.IntRange(min=1), help="The process that owns the VM, a QEMU's.")
+@click.option("--pid", type=click.IntRange(1, _INT64), help="The process that owns the VM, a QEMU's.")
 @click.option("--name", help="The same by its libvirt domain's name, or what QEMU's -name says.")
-@click.option("--fd", type=click.IntRange(min=0), help="Its descriptor of the VM, where it has several.")
+@click.option(
+    "--qmp-socket",
+    metavar="PATH",
+    help="The unix socket of its QMP monitor, without another client: it says which process and memory it is.",
+)
+@click.option(
+    "--access",
+    type=click.Choice(list(_ACCESSES)),
+    help="qmp: the VMM prints its keys, and none can be set. Default: injection where that is allowed.",
+)
+@click.option(
+    "--start-time",
+    type=click.IntRange(1, _UINT64),
+    metavar="TICKS",
+    help="When the process was started, as `vm candidates --json` says: another that has its pid by now is refused.",
+)
+@click.option("--fd", type=click.IntRange(0, _UINT32), help="Its descriptor of the VM, where it has several.")
 @click.option(
     "--memory",
     "memories",
     metavar="SIZE[@ADDRESS]",
     multiple=True,
     help="A memory slot as the VMM made it: 4G, 1G@64G. Without an address it follows the one before. Without "
-    "this option they are found, if the guest uses storage keys.",
+    "this option they are asked for over QMP, or found, if the guest uses storage keys.",
 )
-@click.option("--max-hold-ms", type=click.IntRange(min=1), help="How long a call may hold the VMM's thread.")
+@click.option("--max-hold-ms", type=click.IntRange(1, _UINT32), help="How long a call may hold the VMM's thread.")
 @json_option
 @click.pass_obj
 def adopt(
@@ -98,18 +119,24 @@ def adopt(
     vm_id: str,
     pid: int | None,
     name: str | None,
+    qmp_socket: str | None,
+    access: str | None,
+    start_time: int | None,
     fd: int | None,
     memories: tuple[str, ...],
     max_hold_ms: int | None,
     as_json: bool,
 ) -> None:
-    """Adopt a VM of another process, named ID: a thread of that process makes the calls."""
-    if (pid is None) == (name is None):
-        raise click.UsageError("say whose VM it is: either --pid or --name")
+    """Adopt a VM of another process, named ID: a thread of that process makes the calls, or its VMM prints its keys."""
+    if (name is None) == (pid is None and qmp_socket is None):
+        raise click.UsageError("say whose VM it is: either --pid, --qmp-socket or both, or --name")
     request = vm_service_pb2.AdoptVmRequest(
         vm_id=require_utf8(vm_id),
         pid=pid or 0,
         name=require_utf8(name or ""),
+        qmp_socket=require_utf8(qmp_socket or ""),
+        access=_ACCESSES[access] if access else vm_pb2.ACCESS_UNSPECIFIED,
+        start_time=start_time or 0,
         vm_fd=fd,
         memory_slots=_slots(memories, with_backing=False),
     )
@@ -136,7 +163,7 @@ def list_(target: str, as_json: bool) -> None:
     rows = [
         (
             one.name.removeprefix("vms/"),
-            _kind(one) or "unknown",
+            (_kind(one) or "unknown") + (", read-only" if _is_read_only(one) else ""),
             _state(one) or "unknown",
             _memory(one) if one.memory_slots else "-",
             _YES_OR_NO.get(_uses_keys(one), "-"),
@@ -161,7 +188,7 @@ def show(target: str, vm_id: str, as_json: bool) -> None:
     lines = {
         "name": found.name,
         "state": (_state(found) or "unknown") + (f": {found.state_reason}" if found.state_reason else ""),
-        "kind": _kind(found) or "unknown",
+        "kind": (_kind(found) or "unknown") + (", read-only" if _is_read_only(found) else ""),
         "kernel": found.kernel,
         "uses keys": _YES_OR_NO.get(_uses_keys(found), ""),
         "uid": found.uid,
@@ -276,6 +303,10 @@ def _uses_keys(vm: vm_pb2.Vm) -> bool | None:
     return vm.uses_storage_keys if vm.HasField("uses_storage_keys") else None
 
 
+def _is_read_only(vm: vm_pb2.Vm) -> bool:
+    return vm.vmm.access == vm_pb2.ACCESS_QMP
+
+
 def _backing(slot: vm_pb2.MemorySlot) -> str:
     return next((word for word, number in _ALL_BACKINGS.items() if number == slot.backing), "unknown")
 
@@ -295,7 +326,8 @@ def _vmm(vm: vm_pb2.Vm) -> str:
     if not vm.HasField("vmm"):
         return ""
     named = f" ({vm.vmm.name})" if vm.vmm.name else ""
-    return f"pid {vm.vmm.pid}{named}, {vm.vmm.executable or 'unknown'}, uid {vm.vmm.uid}, VM descriptor {vm.vmm.vm_fd}"
+    how = f"VM descriptor {vm.vmm.vm_fd}" if vm.vmm.HasField("vm_fd") else "keys over QMP"
+    return f"pid {vm.vmm.pid}{named}, {vm.vmm.executable or 'unknown'}, uid {vm.vmm.uid}, {how}"
 
 
 def _vmm_json(vm: vm_pb2.Vm) -> dict[str, Any] | None:
@@ -306,9 +338,10 @@ def _vmm_json(vm: vm_pb2.Vm) -> dict[str, Any] | None:
         "start_time": vm.vmm.start_time,
         "uid": vm.vmm.uid,
         "executable": vm.vmm.executable or None,
-        "vm_fd": vm.vmm.vm_fd,
+        "vm_fd": vm.vmm.vm_fd if vm.vmm.HasField("vm_fd") else None,
         "name": vm.vmm.name or None,
         "memory_source": _MEMORY_SOURCES.get(vm.vmm.memory_source),
+        "access": next((word for word, one in _ACCESSES.items() if one == vm.vmm.access), None),
     }
 
 

@@ -8,16 +8,16 @@ from typing import Final
 
 from skeyd.errors import SkeydError
 from skeyd.rpc.calls import note
-from skeyd.worker.adoption import Vmm
+from skeyd.worker.adoption import VMM_METADATA, Vmm
 
-FIELDS: Final = ("vmm_pid", "vmm_start_time", "vmm_uid", "vmm_executable", "vmm_name")
+_TEXTS: Final = ("vmm_executable", "vmm_name")
 
 
 def note_vmm(vmm: Vmm | None) -> None:
     """Note whose VM it is; nothing for one that was not adopted."""
     if vmm is not None:
         values = (vmm.pid, vmm.start_time, vmm.uid, vmm.executable, vmm.name)
-        note(**dict(zip(FIELDS, values, strict=True)))
+        note(**dict(zip(VMM_METADATA, values, strict=True)))
 
 
 @contextmanager
@@ -26,8 +26,8 @@ def noting_refused_vmm() -> Iterator[None]:
     try:
         yield
     except SkeydError as error:
-        told = {name: error.metadata[name] for name in FIELDS if name in error.metadata}
-        note(
-            **{name: int(value) if value.isdecimal() and name != FIELDS[-1] else value for name, value in told.items()}
-        )
+        for name in VMM_METADATA:
+            if name in error.metadata:
+                value = error.metadata[name]
+                note(**{name: int(value) if value.isdecimal() and name not in _TEXTS else value})
         raise

@@ -49,7 +49,7 @@ def begin(session: Session, ranges: Ranges, freeze_seconds: float | None, slice_
     says.
     """
     if freeze_seconds is None:
-        return session.uses_keys(), 0.0
+        return session.begin_reading(), 0.0
     frames = _mapped(session, ranges)
     if not frames:
         return session.uses_keys(), 0.0  # no keys, and so none that could be of two moments

@@ -16,9 +16,9 @@ from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange, MemorySlot, Ranges
 from skeyd.v1 import host_service_pb2, vm_pb2, vm_service_pb2
 from skeyd.vms.vm import Vm, VmState
-from skeyd.worker.adoption import FD_MAX, HOLD_MAX_MS, PID_MAX, Adoption
+from skeyd.worker.adoption import FD_MAX, HOLD_MAX_MS, PID_MAX, Adoption, Vmm
 from skeyd.worker.outcomes import LastWrite
-from skeyd.worker.packets import Fields
+from skeyd.worker.packets import TEXT_MAX, Fields
 from skeyd.worker.protocol import VM_ID, SlotSpec, Spec
 from skeyd.worker.slots import check_slots
 from skeyd.worker.vmm_name import NAME_MAX, is_name
@@ -61,8 +61,15 @@ _OUTCOMES = {
     "dirty": vm_pb2.WRITE_OUTCOME_DIRTY,
     "kept": vm_pb2.WRITE_OUTCOME_KEPT,
 }
+_ACCESSES = {
+    vm_pb2.ACCESS_UNSPECIFIED: "",
+    vm_pb2.ACCESS_INJECTION: "injection",
+    vm_pb2.ACCESS_QMP: "qmp",
+}
+_ACCESSES_BACK = {word: number for number, word in _ACCESSES.items()}
 _MEMORY_SOURCES = {
     "named": vm_pb2.MEMORY_SOURCE_NAMED,
+    "qmp": vm_pb2.MEMORY_SOURCE_QMP,
     "probed": vm_pb2.MEMORY_SOURCE_PROBED,
 }
 _ANSWERS = {
@@ -108,13 +115,16 @@ def spec_of(request: vm_service_pb2.CreateVmRequest, memory_dir: Path | None) ->
 def adoption_spec_of(request: vm_service_pb2.AdoptVmRequest) -> Spec:
     """Make the spec of a VM to adopt, with a new uid. VM_ID_INVALID, REQUEST_INVALID, MEMORY_INVALID."""
     _check_id(request.vm_id)
-    if bool(request.pid) == bool(request.name):
-        raise SkeydError(Reason.REQUEST_INVALID, "a VMM is known by its pid or by its name: exactly one of them")
+    qmp_socket, access = _qmp_of(request)
+    if bool(request.pid or qmp_socket) == bool(request.name):
+        raise SkeydError(
+            Reason.REQUEST_INVALID, "a VMM is known by its pid, its QMP socket, or both, or else by its name"
+        )
     if request.name and not is_name(request.name):
         raise SkeydError(
             Reason.REQUEST_INVALID, f"name has 1 to {NAME_MAX} printable characters, not {request.name[:80]!r}"
         )
-    if not request.name and not 0 < request.pid <= PID_MAX:
+    if not 0 <= request.pid <= PID_MAX:
         raise SkeydError(Reason.REQUEST_INVALID, f"pid is that of a process, not {request.pid}")
     if request.HasField("vm_fd") and request.vm_fd > FD_MAX:
         raise SkeydError(Reason.REQUEST_INVALID, f"vm_fd is a descriptor, not {request.vm_fd}")
@@ -142,8 +152,26 @@ def adoption_spec_of(request: vm_service_pb2.AdoptVmRequest) -> Spec:
             request.vm_fd if request.HasField("vm_fd") else -1,
             hold_ms,
             request.name,
+            qmp_socket,
+            access,
         ),
     )
+
+
+def _qmp_of(request: vm_service_pb2.AdoptVmRequest) -> tuple[str, str]:
+    # The socket of a monitor, if there is to be one, and the way to the keys.
+    path = request.qmp_socket
+    if path and (not path.startswith("/") or not path.isprintable() or len(path) > TEXT_MAX):
+        raise SkeydError(
+            Reason.REQUEST_INVALID,
+            f"qmp_socket is a printable absolute path of at most {TEXT_MAX} characters, not {path[:80]!r}",
+        )
+    if request.access not in _ACCESSES:
+        raise SkeydError(Reason.REQUEST_INVALID, f"there is no access {request.access}")
+    access = _ACCESSES[request.access]
+    if access == "qmp" and (not path or request.HasField("vm_fd")):
+        raise SkeydError(Reason.REQUEST_INVALID, "access over QMP takes a qmp_socket, and no vm_fd")
+    return path, access
 
 
 def _check_id(vm_id: str) -> None:
@@ -268,13 +296,23 @@ def vm_message(vm: Vm) -> vm_pb2.Vm:
     if vm.created:
         message.create_time.seconds = vm.created
     if vm.vmm is not None:
-        message.vmm.pid, message.vmm.start_time = vm.vmm.pid, vm.vmm.start_time
-        message.vmm.uid, message.vmm.executable, message.vmm.vm_fd = vm.vmm.uid, vm.vmm.executable, vm.vmm.fd
-        message.vmm.name = vm.vmm.name
-        message.vmm.memory_source = _MEMORY_SOURCES[vm.vmm.memory_source]
+        message.vmm.CopyFrom(_vmm_message(vm.vmm))
     if vm.last_write is not None:
         message.last_write.CopyFrom(_last_write_message(vm.last_write))
     return message
+
+
+def _vmm_message(vmm: Vmm) -> vm_pb2.Vmm:
+    return vm_pb2.Vmm(
+        pid=vmm.pid,
+        start_time=vmm.start_time,
+        uid=vmm.uid,
+        executable=vmm.executable,
+        vm_fd=None if vmm.fd < 0 else vmm.fd,
+        name=vmm.name,
+        memory_source=_MEMORY_SOURCES[vmm.memory_source],
+        access=_ACCESSES_BACK[vmm.access],
+    )
 
 
 def _last_write_message(last: LastWrite) -> vm_pb2.LastWrite:

@@ -15,25 +15,27 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11skeyd/v1/vm.proto\x12\x08skeyd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\",\n\x08GfnRange\x12\x11\n\tstart_gfn\x18\x01 \x01(\x04\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\"f\n\nMemorySlot\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x11\n\tstart_gfn\x18\x02 \x01(\x04\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\x12(\n\x07\x62\x61\x63king\x18\x04 \x01(\x0e\x32\x17.skeyd.v1.MemoryBacking\"\xa0\x03\n\x02Vm\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x1e\n\x04kind\x18\x04 \x01(\x0e\x32\x10.skeyd.v1.VmKind\x12 \n\x05state\x18\x05 \x01(\x0e\x32\x11.skeyd.v1.VmState\x12\x14\n\x0cstate_reason\x18\x06 \x01(\t\x12*\n\x0cmemory_slots\x18\x07 \x03(\x0b\x32\x14.skeyd.v1.MemorySlot\x12\x1e\n\x11uses_storage_keys\x18\x08 \x01(\x08H\x00\x88\x01\x01\x12\x0e\n\x06kernel\x18\t \x01(\t\x12\x16\n\x0eworker_version\x18\n \x01(\t\x12\x12\n\nworker_pid\x18\x0b \x01(\x03\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\nlast_write\x18\r \x01(\x0b\x32\x13.skeyd.v1.LastWrite\x12\x1a\n\x03vmm\x18\x0e \x01(\x0b\x32\r.skeyd.v1.VmmB\x14\n\x12_uses_storage_keys\"\x93\x01\n\x03Vmm\x12\x0b\n\x03pid\x18\x01 \x01(\x03\x12\x12\n\nstart_time\x18\x02 \x01(\x04\x12\x0b\n\x03uid\x18\x03 \x01(\r\x12\x12\n\nexecutable\x18\x04 \x01(\t\x12\r\n\x05vm_fd\x18\x05 \x01(\r\x12\x0c\n\x04name\x18\x06 \x01(\t\x12-\n\rmemory_source\x18\x07 \x01(\x0e\x32\x16.skeyd.v1.MemorySource\"\x8f\x01\n\tLastWrite\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x07outcome\x18\x02 \x01(\x0e\x32\x16.skeyd.v1.WriteOutcome\x12\x10\n\x08next_gfn\x18\x03 \x01(\x04\x12\x10\n\x08keys_set\x18\x04 \x01(\x04\x12!\n\x05\x64irty\x18\x05 \x03(\x0b\x32\x12.skeyd.v1.GfnRange*\xb1\x01\n\rMemoryBacking\x12\x1e\n\x1aMEMORY_BACKING_UNSPECIFIED\x10\x00\x12\x1c\n\x18MEMORY_BACKING_ANONYMOUS\x10\x01\x12\x18\n\x14MEMORY_BACKING_MEMFD\x10\x02\x12\x17\n\x13MEMORY_BACKING_FILE\x10\x03\x12\x17\n\x13MEMORY_BACKING_NONE\x10\x04\x12\x16\n\x12MEMORY_BACKING_VMM\x10\x05*`\n\x06VmKind\x12\x17\n\x13VM_KIND_UNSPECIFIED\x10\x00\x12\x11\n\rVM_KIND_OWNED\x10\x01\x12\x15\n\x11VM_KIND_SIMULATED\x10\x02\x12\x13\n\x0fVM_KIND_ADOPTED\x10\x03*\x94\x01\n\x0fSimulatedKernel\x12 \n\x1cSIMULATED_KERNEL_UNSPECIFIED\x10\x00\x12\x1f\n\x1bSIMULATED_KERNEL_LINUX_4_19\x10\x01\x12\x1e\n\x1aSIMULATED_KERNEL_LINUX_7_0\x10\x02\x12\x1e\n\x1aSIMULATED_KERNEL_LINUX_7_2\x10\x03*{\n\x07VmState\x12\x18\n\x14VM_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11VM_STATE_CREATING\x10\x01\x12\x12\n\x0eVM_STATE_READY\x10\x02\x12\x18\n\x14VM_STATE_QUARANTINED\x10\x03\x12\x11\n\rVM_STATE_DEAD\x10\x04*`\n\x0cMemorySource\x12\x1d\n\x19MEMORY_SOURCE_UNSPECIFIED\x10\x00\x12\x17\n\x13MEMORY_SOURCE_NAMED\x10\x01\x12\x18\n\x14MEMORY_SOURCE_PROBED\x10\x02*\xb8\x01\n\x0cWriteOutcome\x12\x1d\n\x19WRITE_OUTCOME_UNSPECIFIED\x10\x00\x12\x19\n\x15WRITE_OUTCOME_APPLIED\x10\x01\x12\x1e\n\x1aWRITE_OUTCOME_ROLLING_BACK\x10\x02\x12\x1d\n\x19WRITE_OUTCOME_ROLLED_BACK\x10\x03\x12\x17\n\x13WRITE_OUTCOME_DIRTY\x10\x04\x12\x16\n\x12WRITE_OUTCOME_KEPT\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11skeyd/v1/vm.proto\x12\x08skeyd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\",\n\x08GfnRange\x12\x11\n\tstart_gfn\x18\x01 \x01(\x04\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\"f\n\nMemorySlot\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x11\n\tstart_gfn\x18\x02 \x01(\x04\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\x12(\n\x07\x62\x61\x63king\x18\x04 \x01(\x0e\x32\x17.skeyd.v1.MemoryBacking\"\xa0\x03\n\x02Vm\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x1e\n\x04kind\x18\x04 \x01(\x0e\x32\x10.skeyd.v1.VmKind\x12 \n\x05state\x18\x05 \x01(\x0e\x32\x11.skeyd.v1.VmState\x12\x14\n\x0cstate_reason\x18\x06 \x01(\t\x12*\n\x0cmemory_slots\x18\x07 \x03(\x0b\x32\x14.skeyd.v1.MemorySlot\x12\x1e\n\x11uses_storage_keys\x18\x08 \x01(\x08H\x00\x88\x01\x01\x12\x0e\n\x06kernel\x18\t \x01(\t\x12\x16\n\x0eworker_version\x18\n \x01(\t\x12\x12\n\nworker_pid\x18\x0b \x01(\x03\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\nlast_write\x18\r \x01(\x0b\x32\x13.skeyd.v1.LastWrite\x12\x1a\n\x03vmm\x18\x0e \x01(\x0b\x32\r.skeyd.v1.VmmB\x14\n\x12_uses_storage_keys\"\xc4\x01\n\x03Vmm\x12\x0b\n\x03pid\x18\x01 \x01(\x03\x12\x12\n\nstart_time\x18\x02 \x01(\x04\x12\x0b\n\x03uid\x18\x03 \x01(\r\x12\x12\n\nexecutable\x18\x04 \x01(\t\x12\x12\n\x05vm_fd\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04name\x18\x06 \x01(\t\x12-\n\rmemory_source\x18\x07 \x01(\x0e\x32\x16.skeyd.v1.MemorySource\x12 \n\x06\x61\x63\x63\x65ss\x18\x08 \x01(\x0e\x32\x10.skeyd.v1.AccessB\x08\n\x06_vm_fd\"\x8f\x01\n\tLastWrite\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x07outcome\x18\x02 \x01(\x0e\x32\x16.skeyd.v1.WriteOutcome\x12\x10\n\x08next_gfn\x18\x03 \x01(\x04\x12\x10\n\x08keys_set\x18\x04 \x01(\x04\x12!\n\x05\x64irty\x18\x05 \x03(\x0b\x32\x12.skeyd.v1.GfnRange*\xb1\x01\n\rMemoryBacking\x12\x1e\n\x1aMEMORY_BACKING_UNSPECIFIED\x10\x00\x12\x1c\n\x18MEMORY_BACKING_ANONYMOUS\x10\x01\x12\x18\n\x14MEMORY_BACKING_MEMFD\x10\x02\x12\x17\n\x13MEMORY_BACKING_FILE\x10\x03\x12\x17\n\x13MEMORY_BACKING_NONE\x10\x04\x12\x16\n\x12MEMORY_BACKING_VMM\x10\x05*`\n\x06VmKind\x12\x17\n\x13VM_KIND_UNSPECIFIED\x10\x00\x12\x11\n\rVM_KIND_OWNED\x10\x01\x12\x15\n\x11VM_KIND_SIMULATED\x10\x02\x12\x13\n\x0fVM_KIND_ADOPTED\x10\x03*\x94\x01\n\x0fSimulatedKernel\x12 \n\x1cSIMULATED_KERNEL_UNSPECIFIED\x10\x00\x12\x1f\n\x1bSIMULATED_KERNEL_LINUX_4_19\x10\x01\x12\x1e\n\x1aSIMULATED_KERNEL_LINUX_7_0\x10\x02\x12\x1e\n\x1aSIMULATED_KERNEL_LINUX_7_2\x10\x03*{\n\x07VmState\x12\x18\n\x14VM_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11VM_STATE_CREATING\x10\x01\x12\x12\n\x0eVM_STATE_READY\x10\x02\x12\x18\n\x14VM_STATE_QUARANTINED\x10\x03\x12\x11\n\rVM_STATE_DEAD\x10\x04*w\n\x0cMemorySource\x12\x1d\n\x19MEMORY_SOURCE_UNSPECIFIED\x10\x00\x12\x17\n\x13MEMORY_SOURCE_NAMED\x10\x01\x12\x18\n\x14MEMORY_SOURCE_PROBED\x10\x02\x12\x15\n\x11MEMORY_SOURCE_QMP\x10\x03*F\n\x06\x41\x63\x63\x65ss\x12\x16\n\x12\x41\x43\x43\x45SS_UNSPECIFIED\x10\x00\x12\x14\n\x10\x41\x43\x43\x45SS_INJECTION\x10\x01\x12\x0e\n\nACCESS_QMP\x10\x02*\xb8\x01\n\x0cWriteOutcome\x12\x1d\n\x19WRITE_OUTCOME_UNSPECIFIED\x10\x00\x12\x19\n\x15WRITE_OUTCOME_APPLIED\x10\x01\x12\x1e\n\x1aWRITE_OUTCOME_ROLLING_BACK\x10\x02\x12\x1d\n\x19WRITE_OUTCOME_ROLLED_BACK\x10\x03\x12\x17\n\x13WRITE_OUTCOME_DIRTY\x10\x04\x12\x16\n\x12WRITE_OUTCOME_KEPT\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'skeyd.v1.vm_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_MEMORYBACKING']._serialized_start=930
-  _globals['_MEMORYBACKING']._serialized_end=1107
-  _globals['_VMKIND']._serialized_start=1109
-  _globals['_VMKIND']._serialized_end=1205
-  _globals['_SIMULATEDKERNEL']._serialized_start=1208
-  _globals['_SIMULATEDKERNEL']._serialized_end=1356
-  _globals['_VMSTATE']._serialized_start=1358
-  _globals['_VMSTATE']._serialized_end=1481
-  _globals['_MEMORYSOURCE']._serialized_start=1483
-  _globals['_MEMORYSOURCE']._serialized_end=1579
-  _globals['_WRITEOUTCOME']._serialized_start=1582
-  _globals['_WRITEOUTCOME']._serialized_end=1766
+  _globals['_MEMORYBACKING']._serialized_start=979
+  _globals['_MEMORYBACKING']._serialized_end=1156
+  _globals['_VMKIND']._serialized_start=1158
+  _globals['_VMKIND']._serialized_end=1254
+  _globals['_SIMULATEDKERNEL']._serialized_start=1257
+  _globals['_SIMULATEDKERNEL']._serialized_end=1405
+  _globals['_VMSTATE']._serialized_start=1407
+  _globals['_VMSTATE']._serialized_end=1530
+  _globals['_MEMORYSOURCE']._serialized_start=1532
+  _globals['_MEMORYSOURCE']._serialized_end=1651
+  _globals['_ACCESS']._serialized_start=1653
+  _globals['_ACCESS']._serialized_end=1723
+  _globals['_WRITEOUTCOME']._serialized_start=1726
+  _globals['_WRITEOUTCOME']._serialized_end=1910
   _globals['_GFNRANGE']._serialized_start=64
   _globals['_GFNRANGE']._serialized_end=108
   _globals['_MEMORYSLOT']._serialized_start=110
@@ -41,7 +43,7 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_VM']._serialized_start=215
   _globals['_VM']._serialized_end=631
   _globals['_VMM']._serialized_start=634
-  _globals['_VMM']._serialized_end=781
-  _globals['_LASTWRITE']._serialized_start=784
-  _globals['_LASTWRITE']._serialized_end=927
+  _globals['_VMM']._serialized_end=830
+  _globals['_LASTWRITE']._serialized_start=833
+  _globals['_LASTWRITE']._serialized_end=976
 # @@protoc_insertion_point(module_scope)

@@ -162,6 +162,8 @@ class _MemorySourceEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     """GET was asked of one part of the address space after another. Every frame of theirs was there then. Others may be,
     where nobody looked (docs/operating.md).
     """
+    MEMORY_SOURCE_QMP: _MemorySource.ValueType  # 3
+    """The VMM said so over QMP (docs/qmp.md)."""
 
 class MemorySource(_MemorySource, metaclass=_MemorySourceEnumTypeWrapper):
     """How it is known which memory slots an adopted VM has."""
@@ -174,7 +176,33 @@ MEMORY_SOURCE_PROBED: MemorySource.ValueType  # 2
 """GET was asked of one part of the address space after another. Every frame of theirs was there then. Others may be,
 where nobody looked (docs/operating.md).
 """
+MEMORY_SOURCE_QMP: MemorySource.ValueType  # 3
+"""The VMM said so over QMP (docs/qmp.md)."""
 global___MemorySource = MemorySource
+
+class _Access:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _AccessEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Access.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    ACCESS_UNSPECIFIED: _Access.ValueType  # 0
+    """In a request: injection, or QMP where the kernel doesn't let the worker trace the VMM and qmp_socket is given."""
+    ACCESS_INJECTION: _Access.ValueType  # 1
+    """A thread of the VMM makes the calls."""
+    ACCESS_QMP: _Access.ValueType  # 2
+    """The VMM prints its keys (QMP, dump-skeys). They can be read and not set, and the guest needs no KVM."""
+
+class Access(_Access, metaclass=_AccessEnumTypeWrapper):
+    """How the keys of an adopted VM are reached."""
+
+ACCESS_UNSPECIFIED: Access.ValueType  # 0
+"""In a request: injection, or QMP where the kernel doesn't let the worker trace the VMM and qmp_socket is given."""
+ACCESS_INJECTION: Access.ValueType  # 1
+"""A thread of the VMM makes the calls."""
+ACCESS_QMP: Access.ValueType  # 2
+"""The VMM prints its keys (QMP, dump-skeys). They can be read and not set, and the guest needs no KVM."""
+global___Access = Access
 
 class _WriteOutcome:
     ValueType = typing.NewType("ValueType", builtins.int)
@@ -359,6 +387,7 @@ class Vmm(google.protobuf.message.Message):
     VM_FD_FIELD_NUMBER: builtins.int
     NAME_FIELD_NUMBER: builtins.int
     MEMORY_SOURCE_FIELD_NUMBER: builtins.int
+    ACCESS_FIELD_NUMBER: builtins.int
     pid: builtins.int
     """Process id."""
     start_time: builtins.int
@@ -368,13 +397,15 @@ class Vmm(google.protobuf.message.Message):
     executable: builtins.str
     """The file that it runs (/proc/PID/exe)."""
     vm_fd: builtins.int
-    """Its descriptor of the VM."""
+    """Its descriptor of the VM. Not set where none is used: access is ACCESS_QMP."""
     name: builtins.str
     """What it called its guest on its command line when it was adopted (QEMU's -name, libvirt's domain name). Empty where
     that has none, or none that can be shown. It is the process's own word.
     """
     memory_source: global___MemorySource.ValueType
     """How it is known which memory slots the VM has."""
+    access: global___Access.ValueType
+    """How the keys are reached."""
     def __init__(
         self,
         *,
@@ -382,11 +413,14 @@ class Vmm(google.protobuf.message.Message):
         start_time: builtins.int = ...,
         uid: builtins.int = ...,
         executable: builtins.str = ...,
-        vm_fd: builtins.int = ...,
+        vm_fd: builtins.int | None = ...,
         name: builtins.str = ...,
         memory_source: global___MemorySource.ValueType = ...,
+        access: global___Access.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["executable", b"executable", "memory_source", b"memory_source", "name", b"name", "pid", b"pid", "start_time", b"start_time", "uid", b"uid", "vm_fd", b"vm_fd"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_vm_fd", b"_vm_fd", "vm_fd", b"vm_fd"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_vm_fd", b"_vm_fd", "access", b"access", "executable", b"executable", "memory_source", b"memory_source", "name", b"name", "pid", b"pid", "start_time", b"start_time", "uid", b"uid", "vm_fd", b"vm_fd"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_vm_fd", b"_vm_fd"]) -> typing.Literal["vm_fd"] | None: ...
 
 global___Vmm = Vmm
 

@@ -16,7 +16,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from skeyd.v1 import vm_pb2 as skeyd_dot_v1_dot_vm__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19skeyd/v1/vm_service.proto\x12\x08skeyd.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x11skeyd/v1/vm.proto\"v\n\x0eMemorySlotSpec\x12\x17\n\x0fguest_phys_addr\x18\x01 \x01(\x04\x12\x13\n\x0bmemory_size\x18\x02 \x01(\x04\x12(\n\x07\x62\x61\x63king\x18\x03 \x01(\x0e\x32\x17.skeyd.v1.MemoryBacking\x12\x0c\n\x04\x66ile\x18\x04 \x01(\t\"\xa5\x01\n\x0f\x43reateVmRequest\x12\r\n\x05vm_id\x18\x01 \x01(\t\x12\x1e\n\x04kind\x18\x02 \x01(\x0e\x32\x10.skeyd.v1.VmKind\x12.\n\x0cmemory_slots\x18\x03 \x03(\x0b\x32\x18.skeyd.v1.MemorySlotSpec\x12\x33\n\x10simulated_kernel\x18\x04 \x01(\x0e\x32\x19.skeyd.v1.SimulatedKernel\",\n\x10\x43reateVmResponse\x12\x18\n\x02vm\x18\x01 \x01(\x0b\x32\x0c.skeyd.v1.Vm\"\xce\x01\n\x0e\x41\x64optVmRequest\x12\r\n\x05vm_id\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x03\x12\x12\n\nstart_time\x18\x03 \x01(\x04\x12\x12\n\x05vm_fd\x18\x04 \x01(\rH\x00\x88\x01\x01\x12.\n\x0cmemory_slots\x18\x05 \x03(\x0b\x32\x18.skeyd.v1.MemorySlotSpec\x12\x30\n\rmax_hold_time\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0c\n\x04name\x18\x08 \x01(\tB\x08\n\x06_vm_fd\"+\n\x0f\x41\x64optVmResponse\x12\x18\n\x02vm\x18\x01 \x01(\x0b\x32\x0c.skeyd.v1.Vm\"\x19\n\x17ListVmCandidatesRequest\"\x8c\x01\n\x18ListVmCandidatesResponse\x12)\n\ncandidates\x18\x01 \x03(\x0b\x32\x15.skeyd.v1.VmCandidate\x12\x1c\n\x14unreadable_processes\x18\x02 \x01(\r\x12\x10\n\x08left_out\x18\x03 \x01(\r\x12\x15\n\rskeyd_workers\x18\x04 \x01(\r\"\xea\x01\n\x0bVmCandidate\x12\x0b\n\x03pid\x18\x01 \x01(\x03\x12\x12\n\nstart_time\x18\x02 \x01(\x04\x12\x0b\n\x03uid\x18\x03 \x01(\r\x12\x12\n\nexecutable\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\t\x12\x0e\n\x06vm_fds\x18\x06 \x03(\r\x12\x10\n\x08vcpu_fds\x18\x07 \x01(\r\x12\x14\n\x0cmapped_bytes\x18\x08 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\t \x01(\x04\x12\x12\n\nadopted_as\x18\n \x01(\t\x12\x0f\n\x07refusal\x18\x0b \x01(\t\x12\x16\n\x0erefusal_detail\x18\x0c \x01(\t\"\x1c\n\x0cGetVmRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\")\n\rGetVmResponse\x12\x18\n\x02vm\x18\x01 \x01(\x0b\x32\x0c.skeyd.v1.Vm\"\x10\n\x0eListVmsRequest\",\n\x0fListVmsResponse\x12\x19\n\x03vms\x18\x01 \x03(\x0b\x32\x0c.skeyd.v1.Vm\"\x1f\n\x0f\x44\x65leteVmRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x12\n\x10\x44\x65leteVmResponse2\xa6\x03\n\tVmService\x12\x41\n\x08\x43reateVm\x12\x19.skeyd.v1.CreateVmRequest\x1a\x1a.skeyd.v1.CreateVmResponse\x12>\n\x07\x41\x64optVm\x12\x18.skeyd.v1.AdoptVmRequest\x1a\x19.skeyd.v1.AdoptVmResponse\x12Y\n\x10ListVmCandidates\x12!.skeyd.v1.ListVmCandidatesRequest\x1a\".skeyd.v1.ListVmCandidatesResponse\x12\x38\n\x05GetVm\x12\x16.skeyd.v1.GetVmRequest\x1a\x17.skeyd.v1.GetVmResponse\x12>\n\x07ListVms\x12\x18.skeyd.v1.ListVmsRequest\x1a\x19.skeyd.v1.ListVmsResponse\x12\x41\n\x08\x44\x65leteVm\x12\x19.skeyd.v1.DeleteVmRequest\x1a\x1a.skeyd.v1.DeleteVmResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19skeyd/v1/vm_service.proto\x12\x08skeyd.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x11skeyd/v1/vm.proto\"v\n\x0eMemorySlotSpec\x12\x17\n\x0fguest_phys_addr\x18\x01 \x01(\x04\x12\x13\n\x0bmemory_size\x18\x02 \x01(\x04\x12(\n\x07\x62\x61\x63king\x18\x03 \x01(\x0e\x32\x17.skeyd.v1.MemoryBacking\x12\x0c\n\x04\x66ile\x18\x04 \x01(\t\"\xa5\x01\n\x0f\x43reateVmRequest\x12\r\n\x05vm_id\x18\x01 \x01(\t\x12\x1e\n\x04kind\x18\x02 \x01(\x0e\x32\x10.skeyd.v1.VmKind\x12.\n\x0cmemory_slots\x18\x03 \x03(\x0b\x32\x18.skeyd.v1.MemorySlotSpec\x12\x33\n\x10simulated_kernel\x18\x04 \x01(\x0e\x32\x19.skeyd.v1.SimulatedKernel\",\n\x10\x43reateVmResponse\x12\x18\n\x02vm\x18\x01 \x01(\x0b\x32\x0c.skeyd.v1.Vm\"\x84\x02\n\x0e\x41\x64optVmRequest\x12\r\n\x05vm_id\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x03\x12\x12\n\nstart_time\x18\x03 \x01(\x04\x12\x12\n\x05vm_fd\x18\x04 \x01(\rH\x00\x88\x01\x01\x12.\n\x0cmemory_slots\x18\x05 \x03(\x0b\x32\x18.skeyd.v1.MemorySlotSpec\x12\x30\n\rmax_hold_time\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nqmp_socket\x18\x07 \x01(\t\x12\x0c\n\x04name\x18\x08 \x01(\t\x12 \n\x06\x61\x63\x63\x65ss\x18\t \x01(\x0e\x32\x10.skeyd.v1.AccessB\x08\n\x06_vm_fd\"+\n\x0f\x41\x64optVmResponse\x12\x18\n\x02vm\x18\x01 \x01(\x0b\x32\x0c.skeyd.v1.Vm\"\x19\n\x17ListVmCandidatesRequest\"\x8c\x01\n\x18ListVmCandidatesResponse\x12)\n\ncandidates\x18\x01 \x03(\x0b\x32\x15.skeyd.v1.VmCandidate\x12\x1c\n\x14unreadable_processes\x18\x02 \x01(\r\x12\x10\n\x08left_out\x18\x03 \x01(\r\x12\x15\n\rskeyd_workers\x18\x04 \x01(\r\"\xea\x01\n\x0bVmCandidate\x12\x0b\n\x03pid\x18\x01 \x01(\x03\x12\x12\n\nstart_time\x18\x02 \x01(\x04\x12\x0b\n\x03uid\x18\x03 \x01(\r\x12\x12\n\nexecutable\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\t\x12\x0e\n\x06vm_fds\x18\x06 \x03(\r\x12\x10\n\x08vcpu_fds\x18\x07 \x01(\r\x12\x14\n\x0cmapped_bytes\x18\x08 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\t \x01(\x04\x12\x12\n\nadopted_as\x18\n \x01(\t\x12\x0f\n\x07refusal\x18\x0b \x01(\t\x12\x16\n\x0erefusal_detail\x18\x0c \x01(\t\"\x1c\n\x0cGetVmRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\")\n\rGetVmResponse\x12\x18\n\x02vm\x18\x01 \x01(\x0b\x32\x0c.skeyd.v1.Vm\"\x10\n\x0eListVmsRequest\",\n\x0fListVmsResponse\x12\x19\n\x03vms\x18\x01 \x03(\x0b\x32\x0c.skeyd.v1.Vm\"\x1f\n\x0f\x44\x65leteVmRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x12\n\x10\x44\x65leteVmResponse2\xa6\x03\n\tVmService\x12\x41\n\x08\x43reateVm\x12\x19.skeyd.v1.CreateVmRequest\x1a\x1a.skeyd.v1.CreateVmResponse\x12>\n\x07\x41\x64optVm\x12\x18.skeyd.v1.AdoptVmRequest\x1a\x19.skeyd.v1.AdoptVmResponse\x12Y\n\x10ListVmCandidates\x12!.skeyd.v1.ListVmCandidatesRequest\x1a\".skeyd.v1.ListVmCandidatesResponse\x12\x38\n\x05GetVm\x12\x16.skeyd.v1.GetVmRequest\x1a\x17.skeyd.v1.GetVmResponse\x12>\n\x07ListVms\x12\x18.skeyd.v1.ListVmsRequest\x1a\x19.skeyd.v1.ListVmsResponse\x12\x41\n\x08\x44\x65leteVm\x12\x19.skeyd.v1.DeleteVmRequest\x1a\x1a.skeyd.v1.DeleteVmResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -30,27 +30,27 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_CREATEVMRESPONSE']._serialized_start=378
   _globals['_CREATEVMRESPONSE']._serialized_end=422
   _globals['_ADOPTVMREQUEST']._serialized_start=425
-  _globals['_ADOPTVMREQUEST']._serialized_end=631
-  _globals['_ADOPTVMRESPONSE']._serialized_start=633
-  _globals['_ADOPTVMRESPONSE']._serialized_end=676
-  _globals['_LISTVMCANDIDATESREQUEST']._serialized_start=678
-  _globals['_LISTVMCANDIDATESREQUEST']._serialized_end=703
-  _globals['_LISTVMCANDIDATESRESPONSE']._serialized_start=706
-  _globals['_LISTVMCANDIDATESRESPONSE']._serialized_end=846
-  _globals['_VMCANDIDATE']._serialized_start=849
-  _globals['_VMCANDIDATE']._serialized_end=1083
-  _globals['_GETVMREQUEST']._serialized_start=1085
-  _globals['_GETVMREQUEST']._serialized_end=1113
-  _globals['_GETVMRESPONSE']._serialized_start=1115
-  _globals['_GETVMRESPONSE']._serialized_end=1156
-  _globals['_LISTVMSREQUEST']._serialized_start=1158
-  _globals['_LISTVMSREQUEST']._serialized_end=1174
-  _globals['_LISTVMSRESPONSE']._serialized_start=1176
-  _globals['_LISTVMSRESPONSE']._serialized_end=1220
-  _globals['_DELETEVMREQUEST']._serialized_start=1222
-  _globals['_DELETEVMREQUEST']._serialized_end=1253
-  _globals['_DELETEVMRESPONSE']._serialized_start=1255
-  _globals['_DELETEVMRESPONSE']._serialized_end=1273
-  _globals['_VMSERVICE']._serialized_start=1276
-  _globals['_VMSERVICE']._serialized_end=1698
+  _globals['_ADOPTVMREQUEST']._serialized_end=685
+  _globals['_ADOPTVMRESPONSE']._serialized_start=687
+  _globals['_ADOPTVMRESPONSE']._serialized_end=730
+  _globals['_LISTVMCANDIDATESREQUEST']._serialized_start=732
+  _globals['_LISTVMCANDIDATESREQUEST']._serialized_end=757
+  _globals['_LISTVMCANDIDATESRESPONSE']._serialized_start=760
+  _globals['_LISTVMCANDIDATESRESPONSE']._serialized_end=900
+  _globals['_VMCANDIDATE']._serialized_start=903
+  _globals['_VMCANDIDATE']._serialized_end=1137
+  _globals['_GETVMREQUEST']._serialized_start=1139
+  _globals['_GETVMREQUEST']._serialized_end=1167
+  _globals['_GETVMRESPONSE']._serialized_start=1169
+  _globals['_GETVMRESPONSE']._serialized_end=1210
+  _globals['_LISTVMSREQUEST']._serialized_start=1212
+  _globals['_LISTVMSREQUEST']._serialized_end=1228
+  _globals['_LISTVMSRESPONSE']._serialized_start=1230
+  _globals['_LISTVMSRESPONSE']._serialized_end=1274
+  _globals['_DELETEVMREQUEST']._serialized_start=1276
+  _globals['_DELETEVMREQUEST']._serialized_end=1307
+  _globals['_DELETEVMRESPONSE']._serialized_start=1309
+  _globals['_DELETEVMRESPONSE']._serialized_end=1327
+  _globals['_VMSERVICE']._serialized_start=1330
+  _globals['_VMSERVICE']._serialized_end=1752
 # @@protoc_insertion_point(module_scope)

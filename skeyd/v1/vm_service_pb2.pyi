@@ -109,27 +109,35 @@ class AdoptVmRequest(google.protobuf.message.Message):
     VM_FD_FIELD_NUMBER: builtins.int
     MEMORY_SLOTS_FIELD_NUMBER: builtins.int
     MAX_HOLD_TIME_FIELD_NUMBER: builtins.int
+    QMP_SOCKET_FIELD_NUMBER: builtins.int
     NAME_FIELD_NUMBER: builtins.int
+    ACCESS_FIELD_NUMBER: builtins.int
     vm_id: builtins.str
     """As in CreateVmRequest."""
     pid: builtins.int
-    """The process that owns the VM; or 0 and a name."""
+    """The process that owns the VM. 0: the one of that name, or that listens at qmp_socket."""
     start_time: builtins.int
     """When that process was started, in clock ticks since boot (field 22 of /proc/PID/stat), for who wants to be sure that
     it is the one that was meant. 0: whichever has the pid.
     """
     vm_fd: builtins.int
     """Its descriptor of the VM. Not set: it has one VM only."""
-    name: builtins.str
-    """In the place of a pid: the libvirt domain's name, or what QEMU's -name says; 1 to 255 printable characters. It is
-    looked for on the command lines of all processes that have a VM, when the VM is adopted. What a process says there
-    is its own choice, and everybody who may use /dev/kvm can have a process that says the same: two of a name are
-    refused, and Vm.vmm says who it was.
+    qmp_socket: builtins.str
+    """The absolute path of a unix socket where the VMM's QMP monitor listens and has no other client. The CPU threads that
+    the monitor names must be the process's.
     """
+    name: builtins.str
+    """In the place of a pid and a qmp_socket: the libvirt domain's name, or what QEMU's -name says; 1 to 255 printable
+    characters. It is looked for on the command lines of all processes that have a VM, when the VM is adopted. What a
+    process says there is its own choice, and everybody who may use /dev/kvm can have a process that says the same: two
+    of a name are refused, and Vm.vmm says who it was.
+    """
+    access: skeyd.v1.vm_pb2.Access.ValueType
+    """How the keys are reached; ACCESS_QMP takes qmp_socket, and no vm_fd."""
     @property
     def memory_slots(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___MemorySlotSpec]:
-        """At most 32 slots, as the VMM has given them to the kernel, without backing or file. None: they are found by asking
-        for keys (docs/operating.md says where), if the guest uses some.
+        """At most 32 slots, as the VMM has given them to the kernel, without backing or file. None: with qmp_socket the VMM is
+        asked; else they are found by asking for keys (docs/operating.md says where), if the guest uses some.
         """
 
     @property
@@ -145,10 +153,12 @@ class AdoptVmRequest(google.protobuf.message.Message):
         vm_fd: builtins.int | None = ...,
         memory_slots: collections.abc.Iterable[global___MemorySlotSpec] | None = ...,
         max_hold_time: google.protobuf.duration_pb2.Duration | None = ...,
+        qmp_socket: builtins.str = ...,
         name: builtins.str = ...,
+        access: skeyd.v1.vm_pb2.Access.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_vm_fd", b"_vm_fd", "max_hold_time", b"max_hold_time", "vm_fd", b"vm_fd"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_vm_fd", b"_vm_fd", "max_hold_time", b"max_hold_time", "memory_slots", b"memory_slots", "name", b"name", "pid", b"pid", "start_time", b"start_time", "vm_fd", b"vm_fd", "vm_id", b"vm_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_vm_fd", b"_vm_fd", "access", b"access", "max_hold_time", b"max_hold_time", "memory_slots", b"memory_slots", "name", b"name", "pid", b"pid", "qmp_socket", b"qmp_socket", "start_time", b"start_time", "vm_fd", b"vm_fd", "vm_id", b"vm_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_vm_fd", b"_vm_fd"]) -> typing.Literal["vm_fd"] | None: ...
 
 global___AdoptVmRequest = AdoptVmRequest

@@ -82,6 +82,7 @@ class VmServiceServicer(object):
         or several processes have the name, which the message lists.
         FAILED_PRECONDITION VMM_NOT_TRACEABLE, VMM_SANDBOXED, VMM_UNSUITABLE. UNAVAILABLE VMM_TRACED, VMM_STUCK.
         FAILED_PRECONDITION VMM_MEMORY_UNKNOWN: no memory slots were named, and they can't be found.
+        With qmp_socket: FAILED_PRECONDITION QMP_UNREACHABLE, QMP_FAILED. UNAVAILABLE QMP_BUSY: another has the monitor.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

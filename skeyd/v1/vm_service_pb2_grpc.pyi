@@ -53,6 +53,7 @@ class VmServiceStub:
     or several processes have the name, which the message lists.
     FAILED_PRECONDITION VMM_NOT_TRACEABLE, VMM_SANDBOXED, VMM_UNSUITABLE. UNAVAILABLE VMM_TRACED, VMM_STUCK.
     FAILED_PRECONDITION VMM_MEMORY_UNKNOWN: no memory slots were named, and they can't be found.
+    With qmp_socket: FAILED_PRECONDITION QMP_UNREACHABLE, QMP_FAILED. UNAVAILABLE QMP_BUSY: another has the monitor.
     """
 
     ListVmCandidates: grpc.UnaryUnaryMultiCallable[
@@ -122,6 +123,7 @@ class VmServiceAsyncStub:
     or several processes have the name, which the message lists.
     FAILED_PRECONDITION VMM_NOT_TRACEABLE, VMM_SANDBOXED, VMM_UNSUITABLE. UNAVAILABLE VMM_TRACED, VMM_STUCK.
     FAILED_PRECONDITION VMM_MEMORY_UNKNOWN: no memory slots were named, and they can't be found.
+    With qmp_socket: FAILED_PRECONDITION QMP_UNREACHABLE, QMP_FAILED. UNAVAILABLE QMP_BUSY: another has the monitor.
     """
 
     ListVmCandidates: grpc.aio.UnaryUnaryMultiCallable[
@@ -195,6 +197,7 @@ class VmServiceServicer(metaclass=abc.ABCMeta):
         or several processes have the name, which the message lists.
         FAILED_PRECONDITION VMM_NOT_TRACEABLE, VMM_SANDBOXED, VMM_UNSUITABLE. UNAVAILABLE VMM_TRACED, VMM_STUCK.
         FAILED_PRECONDITION VMM_MEMORY_UNKNOWN: no memory slots were named, and they can't be found.
+        With qmp_socket: FAILED_PRECONDITION QMP_UNREACHABLE, QMP_FAILED. UNAVAILABLE QMP_BUSY: another has the monitor.
         """
 
     @abc.abstractmethod

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Self
 
-from skeyd.errors import Reason, SkeydError
+from skeyd.errors import Reason, SkeydError, read_only
 from skeyd.gfn import GfnRange, MemoryMap
 from skeyd.limits import DEFAULT_SLICE_SECONDS, WORKER_ANSWER_SECONDS, WORKER_HELLO_SECONDS
 from skeyd.linux import is_sealed_memfd, peer_of
@@ -119,10 +119,9 @@ class Session:
         """
         if not self.hello.freezes:
             name = f"vms/{self.hello.vm_id}"
+            why = "reaches them over QMP" if self._is_read_only else f"is of skeyd {self.hello.version}"
             raise SkeydError(
-                Reason.FREEZE_UNSUPPORTED,
-                f"the worker of {name} is of skeyd {self.hello.version}, and reads no keys of one moment",
-                {"vm": name},
+                Reason.FREEZE_UNSUPPORTED, f"the worker of {name} reads no keys of one moment: it {why}", {"vm": name}
             )
         buffers = self._attached()
         for at, one in enumerate(frames):
@@ -136,6 +135,26 @@ class Session:
         with self._strict():
             answer = self._call(message)
             return answer.boolean("uses_keys"), answer.integer("ns", 0, NANOSECONDS_MAX)
+
+    def require_writable(self) -> None:
+        """BACKEND_READ_ONLY where the VM's keys can't be set."""
+        if self._is_read_only:
+            raise read_only(self.hello.vm_id)
+
+    def begin_reading(self) -> bool:
+        """Make ready to read keys as they are, and return whether the guest uses storage keys.
+
+        Where its VMM prints them, what is read from now on is of one printing, and that is of now. SkeydErrors QMP's;
+        TOO_MANY_CALLS_ON_VM: others hold as many printings as there may be.
+        """
+        if not self._is_read_only:
+            return self.uses_keys()
+        with self._strict():
+            return self._call({"op": "snapshot"}).boolean("uses_keys")
+
+    @property
+    def _is_read_only(self) -> bool:
+        return self.hello.vmm is not None and self.hello.vmm.access == "qmp"
 
     def read_chunks(self, chunks: Iterable[GfnRange], chunk_keys: int, pace: Pace) -> Iterator[ChunkRead]:
         """Read ranges of at most `chunk_keys` frames, which are at most BUFFER_KEYS, ahead of the caller.

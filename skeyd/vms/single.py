@@ -46,6 +46,7 @@ def write_one(session: Session, gfn: int, key: int, allow_enable: bool) -> OneWr
 
     The old key and the new one are one step to the guest with KEYOP only.
     """
+    session.require_writable()
     frame = GfnRange(gfn, 1)
     session.memory_map.require_mapped(frame)
     if key & RESERVED:
@@ -62,6 +63,7 @@ def write_one(session: Session, gfn: int, key: int, allow_enable: bool) -> OneWr
 
 def reset_referenced(session: Session, gfn: int) -> int:
     """Reset a frame's R and return R and C as they were. GFN_NOT_MAPPED, CAP_S390_KEYOP_MISSING, SKEYS_NOT_ENABLED."""
+    session.require_writable()
     session.memory_map.require_mapped(GfnRange(gfn, 1))
     if not session.hello.keyop:
         # Nothing else does it: the guest could set C between reading the key and setting it without R.

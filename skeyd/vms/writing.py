@@ -109,6 +109,7 @@ class KeyWriting:
 
     def begin(self) -> bool:
         """Check what can be checked beforehand, and begin. False: it was applied before, and there is nothing to do."""
+        self._session.require_writable()
         for wanted in self._ranges:
             self._session.memory_map.require_mapped(wanted)
         options = self._options

@@ -15,7 +15,7 @@ from skeyd.injection.vm import ForeignVm
 from skeyd.kvm import abi
 from skeyd.kvm.errors import KvmError
 from skeyd.worker import refusals, vmm_memory, vmm_refusals
-from skeyd.worker.adoption import Adoption, Vmm
+from skeyd.worker.adoption import Adoption, Vmm, VmmProcess
 from skeyd.worker.captures import keyless
 from skeyd.worker.held_capture import HeldCapture
 from skeyd.worker.packets import printable
@@ -36,25 +36,26 @@ class AdoptedVm:
         if spec.adoption is None:
             raise SkeydError(Reason.WORKER_FAILED, "an adopted VM's spec says of no process whose it is")
         self.kernel = os.uname().release
-        who: dict[str, str] = {}
+        process: VmmProcess | None = None
         try:
             with ExitStack() as undo, _told():
-                target, name = _found(spec.adoption, undo)
-                who = _who(target, name)
+                target, process = _found(spec.adoption, undo)
                 fd = _vm_fd(target, spec.adoption)
                 self._vm = undo.enter_context(ForeignVm(target, fd, SLICE_KEYS, spec.adoption.hold_ms / 1000))
                 if not self._vm.check_extension(abi.KVM_CAP_S390_SKEYS):
                     raise refusals.no_capability()
                 self.memory_map: MemoryMap = memory_map(vmm_memory.slots(self._vm, spec.slots), "vmm")
-                executable, source = printable(target.executable), "named" if spec.slots else "probed"
-                self.vmm = Vmm(target.pid, target.start_time, target.uid, executable, fd, source, name)
+                self.vmm = Vmm.of(process, fd, "named" if spec.slots else "probed", "injection")
                 self.has_keyop = bool(self._vm.check_extension(abi.KVM_CAP_S390_KEYOP))
                 self._target = target
                 self._resources = undo.pop_all()
         except SkeydError as error:
             # Calls may have been made in it by now, and who was to be adopted is written down whatever came of it.
-            error.metadata.update(who)
+            error.metadata.update(process.to_metadata() if process else {})
             raise
+
+    print_keys: None = None
+    """Its keys are read slice by slice."""
 
     def fileno(self) -> int:
         """Return a descriptor that is readable once the owner has ended; it stays this object's."""
@@ -108,8 +109,8 @@ class AdoptedVm:
             self._resources.close()
 
 
-def _found(adoption: Adoption, undo: ExitStack) -> tuple[Target, str]:
-    # The owner, held by its pidfd, and what it calls its guest.
+def _found(adoption: Adoption, undo: ExitStack) -> tuple[Target, VmmProcess]:
+    # The owner, held by its pidfd.
     pid, start_time = adoption.pid, adoption.start_time
     if adoption.name:
         # Here, so that who knows the pid doesn't pay for it.
@@ -130,18 +131,7 @@ def _found(adoption: Adoption, undo: ExitStack) -> tuple[Target, str]:
             raise GoneError(pid, f"process {pid} is named {name!r} now")
     except GoneError as error:
         raise SkeydError(Reason.VMM_NOT_FOUND, str(error), {"vmm_pid": str(error.pid)}) from error
-    return target, name
-
-
-def _who(target: Target, name: str) -> dict[str, str]:
-    # As the front notes it of each call that adopts or changes its VM (skeyd.rpc.audit).
-    return {
-        "vmm_pid": str(target.pid),
-        "vmm_start_time": str(target.start_time),
-        "vmm_uid": str(target.uid),
-        "vmm_executable": printable(target.executable),
-        **({"vmm_name": name} if name else {}),
-    }
+    return target, VmmProcess(target.pid, target.start_time, target.uid, printable(target.executable), name)
 
 
 def _vm_fd(target: Target, adoption: Adoption) -> int:

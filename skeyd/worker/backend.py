@@ -9,13 +9,16 @@ from skeyd.gfn import GfnRange, MemoryMap
 
 
 class Capture(Protocol):
-    """Keys of one moment, while they are being read. It ends with what `step` returns or raises."""
+    """Keys that belong together, while they are being read. It ends with what `step` returns or raises."""
 
     def fileno(self) -> int | None:
-        """Return what is readable once `step` has an end to tell, while another process reads; None: `step` reads.
+        """Return what is readable once `step` has something to do, while another process reads; None: it always has.
 
         While there is one nobody else may ask the VM for anything.
         """
+
+    def seconds_left(self) -> float | None:
+        """After how long `step` is to be called though nothing is readable; None: never."""
 
     def step(self) -> int | None:
         """Go on a little. None: there is more; else for how long the VM's owner stood still, in nanoseconds.
@@ -24,7 +27,32 @@ class Capture(Protocol):
         """
 
     def cancel(self) -> None:
-        """Have it end now. Where there is a descriptor the end is told there; else it has ended."""
+        """Let it end: nobody wants the keys. Where there is a descriptor `step` tells of the end; else it has ended."""
+
+    def close(self) -> None:
+        """End it now, and return when nothing is held or read any more. It may have ended."""
+
+
+class KeptKeys(Protocol):
+    """Keys of one time, of which slices are read."""
+
+    @property
+    def room(self) -> int:
+        """Bytes of memory that they take."""
+
+    def read(self, wanted: GfnRange, into: memoryview) -> None:
+        """Fill `into` with the keys of frames in memory slots that were asked for."""
+
+    def close(self) -> None:
+        """Give the memory back."""
+
+
+class Printing(Capture, Protocol):
+    """A Capture of all keys there are."""
+
+    @property
+    def keys(self) -> KeptKeys:
+        """They are there once it has ended well."""
 
 
 class Backend(Protocol):

@@ -8,9 +8,8 @@ from typing import Any, Final, Self
 
 from skeyd.errors import Reason
 from skeyd.storage_key import GFN_LIMIT
-from skeyd.worker.adoption import FD_MAX, PID_MAX, UID_MAX
+from skeyd.worker.adoption import FD_MAX, VmmProcess
 from skeyd.worker.packets import Fields, ProtocolError
-from skeyd.worker.vmm_name import is_name
 
 CANDIDATES_MAX: Final = 1024
 """Most candidates in an answer."""
@@ -23,16 +22,9 @@ REFUSALS: Final = ("", Reason.VMM_TRACED.name, Reason.VMM_NOT_TRACEABLE.name, Re
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(VmmProcess):
     """A process that holds KVM VMs, and what is known of it without touching it."""
 
-    pid: int
-    start_time: int
-    """In clock ticks since boot."""
-    uid: int
-    executable: str
-    name: str
-    """The guest's, by the process's own word; "" where it has none that can be shown whole."""
     vm_fds: tuple[int, ...]
     """Its descriptors of VMs, ascending, FDS_MAX of them at most."""
     vcpus: int
@@ -49,11 +41,7 @@ class Candidate:
     def to_message(self) -> dict[str, Any]:
         """Write it down."""
         return {
-            "pid": self.pid,
-            "start_time": self.start_time,
-            "uid": self.uid,
-            "executable": self.executable,
-            "name": self.name,
+            **VmmProcess.to_message(self),
             "vm_fds": list(self.vm_fds),
             "vcpus": self.vcpus,
             "mapped": self.mapped,
@@ -66,25 +54,14 @@ class Candidate:
     def from_message(cls, message: Fields) -> Self:
         """Read it. ProtocolError for anything that is none."""
         return cls(
-            message.integer("pid", 1, PID_MAX),
-            message.integer("start_time", 0, GFN_LIMIT - 1),
-            message.integer("uid", 0, UID_MAX),
-            message.text("executable"),
-            _name(message),
-            message.integers("vm_fds", FDS_MAX, 0, FD_MAX),
-            message.integer("vcpus", 0, COUNT_MAX),
-            message.integer("mapped", 0, GFN_LIMIT - 1),
-            message.integer("resident", 0, GFN_LIMIT - 1),
-            message.choice("refusal", REFUSALS),
-            message.text("refusal_detail"),
+            **cls.fields_of(message),
+            vm_fds=message.integers("vm_fds", FDS_MAX, 0, FD_MAX),
+            vcpus=message.integer("vcpus", 0, COUNT_MAX),
+            mapped=message.integer("mapped", 0, GFN_LIMIT - 1),
+            resident=message.integer("resident", 0, GFN_LIMIT - 1),
+            refusal=message.choice("refusal", REFUSALS),
+            refusal_detail=message.text("refusal_detail"),
         )
-
-
-def _name(message: Fields) -> str:
-    name = message.text("name")
-    if name and not is_name(name):
-        raise ProtocolError(f"a candidate's name of {len(name)} characters")
-    return name
 
 
 @dataclass(frozen=True, slots=True)

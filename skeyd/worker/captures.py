@@ -27,6 +27,11 @@ class FrozenKeys:
         self._starts = [one.start for one in frames]
         self._places = [0, *accumulate(one.count for one in frames)]
 
+    @property
+    def room(self) -> int:
+        """Bytes of memory that they take."""
+        return len(self.memory)
+
     def read(self, wanted: GfnRange, into: memoryview) -> None:
         """Fill `into` with the keys of frames that lie in one of the ranges. ProtocolError."""
         index = bisect_right(self._starts, wanted.start) - 1
@@ -69,6 +74,9 @@ class OwnCapture:
         """Return nothing: each step reads."""
         return None
 
+    def seconds_left(self) -> None:
+        """Return nothing, likewise."""
+
     def step(self) -> int | None:
         """Read a slice."""
         began = time.monotonic()
@@ -92,6 +100,9 @@ class OwnCapture:
     def cancel(self) -> None:
         """Read no more."""
         self._todo.clear()
+
+    def close(self) -> None:
+        """Do nothing: it reads in `step` only."""
 
 
 def expired(seconds: float, what: str) -> SkeydError:

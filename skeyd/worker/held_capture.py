@@ -41,6 +41,7 @@ class HeldCapture:
     def __init__(self, read: Callable[[float], int], seconds: float) -> None:
         self._seconds = seconds
         self._end = time.monotonic() + seconds
+        self._is_over = False
         parent = os.getpid()
         self._told, telling = os.pipe()
         try:
@@ -59,14 +60,16 @@ class HeldCapture:
         """Return the pidfd: readable when that process has ended, and the kernel has let go of what it traced."""
         return self._pidfd
 
+    def seconds_left(self) -> None:
+        """Return nothing: the kernel ends it in time."""
+
     def step(self) -> int | None:
         """Look whether it has ended."""
         ended, status = os.waitpid(self._pid, os.WNOHANG)
         if not ended:
             return None
         said = os.read(self._told, MESSAGE_MAX)
-        os.close(self._told)
-        os.close(self._pidfd)
+        self._let_go()
         if said:
             return take_answer(decode(said, "what was said of a capture")).integer("ns", 0, NANOSECONDS_MAX)
         if time.monotonic() >= self._end:
@@ -78,6 +81,18 @@ class HeldCapture:
         """Have it killed."""
         # It was not waited for, so the number is its own.
         os.kill(self._pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Kill it, and wait until the kernel has let go of what it traced."""
+        if not self._is_over:
+            self.cancel()
+            os.waitpid(self._pid, 0)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self._is_over = True
+        os.close(self._told)
+        os.close(self._pidfd)
 
 
 def _hold(read: Callable[[float], int], seconds: float, end: float, parent: int, telling: int) -> NoReturn:

@@ -10,14 +10,14 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import skeyd
 from skeyd.errors import Reason, SkeydError, exhausted
 from skeyd.kvm.probe import probe_host
 from skeyd.linux import open_unnamed, signals_by_socket, take_lock
 from skeyd.worker.adoption import Vmm
-from skeyd.worker.backend import Backend
+from skeyd.worker.backend import Backend, Printing
 from skeyd.worker.channel import address_in
 from skeyd.worker.owned import OwnedVm
 from skeyd.worker.packets import MESSAGE_MAX, ProtocolError, decode, error_message
@@ -27,6 +27,17 @@ from skeyd.worker.simulated import SimulatedVm
 from skeyd.worker.traceback_log import log_traceback
 
 _BACKLOG: Final = 64
+
+
+class _Vm(NamedTuple):
+    backend: Backend
+    ends: list[HasFileno] = []  # noqa: RUF012  nobody changes it
+    """What becomes readable once the VM has ended by itself."""
+    release: Callable[[], None] | None = None
+    """What is to be done before its worker may end."""
+    vmm: Vmm | None = None
+    print_keys: Callable[[float], Printing] | None = None
+    """How all of its keys are read at once, where that is the way to them."""
 
 
 def serve_vm(directory_fd: int) -> int:
@@ -93,41 +104,40 @@ def _prepare(directory_fd: int, resources: ExitStack) -> tuple[Service, HasFilen
     for ignored in (signal.SIGINT, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     wake, _ = resources.enter_context(signals_by_socket([signal.SIGTERM]))
-    backend, ends, release, vmm = _backend(spec)
-    resources.callback(backend.close)
+    vm = _vm(spec)
+    resources.callback(vm.backend.close)
     hello = Hello(
         vm_id=spec.vm_id,
         uid=spec.uid,
         incarnation=os.urandom(16).hex(),
         kind=spec.kind,
-        kernel=backend.kernel,
+        kernel=vm.backend.kernel,
         version=skeyd.__version__,
         pid=os.getpid(),
         created=spec.created,
-        slots=backend.memory_map.slots,
-        keyop=backend.has_keyop,
-        vmm=vmm,
-        freezes=True,
+        slots=vm.backend.memory_map.slots,
+        keyop=vm.backend.has_keyop,
+        vmm=vm.vmm,
+        freezes=vm.print_keys is None,
     )
     listener = resources.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
     listener.bind(address_in(directory_fd, SOCKET))
     listener.listen(_BACKLOG)
-    return Service(listener, hello, backend, partial(open_unnamed, directory_fd), release), wake, ends
+    journal = partial(open_unnamed, directory_fd)
+    return Service(listener, hello, vm.backend, journal, vm.release, vm.print_keys), wake, vm.ends
 
 
-def _backend(spec: Spec) -> tuple[Backend, list[HasFileno], Callable[[], None] | None, Vmm | None]:
-    # And what becomes readable once the VM has ended by itself, what is to be done before its worker may end, and whose
-    # it is.
+def _vm(spec: Spec) -> _Vm:
     match spec.kind:
         case "owned":
-            return OwnedVm(spec), [], None, None
+            return _Vm(OwnedVm(spec))
         case "adopted":
             # Here, so that other kinds' workers don't pay for what they never use.
-            from skeyd.worker.adopted import AdoptedVm
+            from skeyd.worker.adopting import adopt
 
-            adopted = AdoptedVm(spec)
-            return adopted, [adopted], adopted.release, adopted.vmm
-    return SimulatedVm(spec), [], None, None
+            vm = adopt(spec)
+            return _Vm(vm, [vm], vm.release, vm.vmm, vm.print_keys)
+    return _Vm(SimulatedVm(spec))
 
 
 def _say(message: dict[str, Any]) -> None:

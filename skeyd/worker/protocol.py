@@ -14,6 +14,7 @@ worker makes for each connection, each as large as the largest chunk, so that se
                                                    → {"ok": {"uses_keys": bool, "key": int, "repaired": bool}}
                      {"op": "freeze", "ranges", "budget_ns", "slice_ns"}
                                                                        → {"ok": {"uses_keys": bool, "ns": int}}
+                     {"op": "snapshot"}                                → {"ok": {"uses_keys": bool, "ns": int}}
                      {"op": "shutdown", "uid"}                         → {"ok": {}}, then the worker ends
                      and the ops of skeyd.worker.outcomes, which make one call of several "set" requests
     any              {"error": {"reason", "message", "metadata"}}
@@ -23,6 +24,10 @@ frames), as they are at one moment. From then on "get" gives those to this conne
 While it is being answered, "set" and what goes with it are refused with VM_BUSY. Its "ns" is how long the VM's owner
 stood still; any other is how long the kernel had it, the longest of its calls for one request. Answers come in the
 order of the requests.
+
+"snapshot" is for VMs that are reached over QMP, which can't be frozen, and for no others: all keys are read at once,
+and "get" gives those to this connection, until it asks for another. Who needs the VM meanwhile waits. Without it "get"
+reads all keys for each slice. "set", "keyop" and "begin" are refused there with BACKEND_READ_ONLY.
 
 A worker is started with a `Spec` on its standard input and says {"ok": {}} or an error, in one line, on its standard
 output.

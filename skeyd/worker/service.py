@@ -6,15 +6,16 @@ import mmap
 import os
 import selectors
 import socket
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
-from skeyd.errors import Reason, SkeydError
+from skeyd.errors import Reason, SkeydError, read_only
 from skeyd.gfn import GfnRange, Ranges
 from skeyd.linux import peer_of, sealed_memfd
 from skeyd.storage_key import GFN_LIMIT
-from skeyd.worker.backend import Backend
+from skeyd.worker.backend import Backend, Printing
 from skeyd.worker.channel import Channel, close_all
 from skeyd.worker.freezing import Freezing
 from skeyd.worker.keyops import KeyOps
@@ -38,6 +39,13 @@ from skeyd.worker.transactions import Call, Transactions
 MAX_CONNECTIONS: Final = 128
 """Connections at once; one more is closed unanswered. Each costs BUFFER_BYTES at most."""
 
+PRINTING_SECONDS: Final = 40.0
+"""How long a "snapshot" may take, waiting for others' included: less than a front waits for its answer, with what it
+may take to end (skeyd.worker.dump_capture)."""
+
+_SETTING: Final = ("set", "begin", "keyop")
+"""Ops that set keys, or are about to."""
+
 
 class HasFileno(Protocol):
     """A descriptor's owner."""
@@ -57,13 +65,22 @@ class _Connection:
             self.buffers.close()
 
 
+class _Waiting(NamedTuple):
+    # What a connection asks for, and since when.
+    connection: _Connection
+    request: Fields
+    since: float
+
+
 class Service:
     """Serves one VM's keys on a listening socket until it is told to end, by a shutdown request or by `stop`.
 
     A connection that breaks the protocol is closed; the others and the VM go on. With `release` the VM
+    A connection that breaks the protocol is closed; the others and the VM go on. With `release` the VM
     outlives this process, with the keys that it has then: so a shutdown request is refused with VM_BUSY while a call
     runs or is rolled back; it is called before one is obeyed, what it raises is the answer, and all goes on. And `stop`
-    has what runs rolled back before `run` returns.
+    has what runs rolled back before `run` returns. `print_keys` begins to read all keys at once, in so many seconds at
+    most; of a VM that has it keys are read so, and can't be set.
     """
 
     def __init__(
@@ -73,17 +90,19 @@ class Service:
         backend: Backend,
         open_journal: Callable[[], int],
         release: Callable[[], None] | None = None,
+        print_keys: Callable[[float], Printing] | None = None,
     ) -> None:
         self._listener = listener
         self._hello = hello
         self._release = release
+        self._print_keys = print_keys
         self._keys = Keys(backend)
         self._keyops = KeyOps(backend, self._keys)
         self._transactions = Transactions(self._keys, open_journal)
         self._freezing: Freezing[_Connection] = Freezing(backend)
         self._memory_map = backend.memory_map
-        self._waiting: list[tuple[_Connection, Fields]] = []
-        """Connections that are looked at no more until a capture has ended, and what each has asked."""
+        self._waiting: list[_Waiting] = []
+        """Connections that are looked at no more until a capture has ended."""
         self._connections: set[_Connection] = set()
         self._selector = selectors.DefaultSelector()
         self._running = True
@@ -100,7 +119,7 @@ class Service:
             while self._running:
                 # Rolling back goes on between requests, so that nobody who reads waits for more than a slice of it; so
                 # does a capture that this process makes.
-                for key, _ in self._selector.select(0 if self._has_steps() else None):
+                for key, _ in self._selector.select(self._seconds_left()):
                     if key.data is None:
                         self._accept()
                     elif isinstance(key.data, _Connection):
@@ -114,10 +133,7 @@ class Service:
         finally:
             for connection in list(self._connections):
                 self._drop(connection)
-            while self._freezing.is_running():
-                # Nobody waits for it any more: the process that reads is being killed.
-                self._freezing.step()
-                os.sched_yield()
+            self._freezing.close()
             self._selector.close()
 
     def _end(self) -> None:
@@ -133,8 +149,11 @@ class Service:
             # As long as it takes; meanwhile all is answered but what would set keys.
             self._transactions.stop()
 
-    def _has_steps(self) -> bool:
-        return self._transactions.rolling_back or (self._freezing.is_running() and self._freezing.fileno() is None)
+    def _seconds_left(self) -> float | None:
+        # Until there is something to do though nobody asks.
+        if self._transactions.rolling_back or (self._freezing.is_running() and self._freezing.fileno() is None):
+            return 0
+        return self._freezing.seconds_left()
 
     def _accept(self) -> None:
         try:
@@ -168,15 +187,16 @@ class Service:
             # Who asked has given up, and has told its client so: nothing may be changed for it any more.
             self._drop(connection)
             return
-        self._handle(connection, request)
+        self._handle(_Waiting(connection, request, time.monotonic()))
 
-    def _handle(self, connection: _Connection, request: Fields) -> None:
+    def _handle(self, asked: _Waiting) -> None:
+        connection, request, _ = asked
         try:
             if self._must_wait(connection, request):
                 self._selector.unregister(connection.channel.connection)
-                self._waiting.append((connection, request))
+                self._waiting.append(asked)
                 return
-            if request.text("op") == "freeze" and self._freeze(connection, request):
+            if self._begin_capture(asked):
                 return  # the answer comes when it has ended
             answer, fd = self._answer(connection, request)
         except SkeydError as error:
@@ -192,12 +212,15 @@ class Service:
             self._send(connection, {"ok": answer}, fd)
 
     def _answer(self, connection: _Connection, request: Fields) -> tuple[dict[str, Any], int | None]:
-        match request.text("op"):
+        op = request.text("op")
+        if self._print_keys is not None and op in _SETTING:
+            raise read_only(self._hello.vm_id)
+        match op:
             case "status":
                 # Where it is being frozen it was asked before, and who uses keys uses them for good.
                 uses_keys = self._freezing.is_running() or self._keys.uses_keys()
                 return {"uses_keys": uses_keys, **_last_write(self._transactions.outcome())}, None
-            case "freeze":
+            case "freeze" | "snapshot":
                 return {"uses_keys": False, "ns": 0}, None
             case "attach":
                 return {}, self._attach(connection)
@@ -253,7 +276,7 @@ class Service:
     def _must_wait(self, connection: _Connection, request: Fields) -> bool:
         """Whether a request needs the VM, while a capture has it. ProtocolError from who awaits the end of one."""
         if self._freezing.runs_for(connection):
-            raise ProtocolError("a request before the answer to freeze")
+            raise ProtocolError("a request before the answer to the last one")
         if self._freezing.fileno() is None:
             return False
         match request.text("op"):
@@ -261,10 +284,34 @@ class Service:
                 return self._freezing.keys_of(connection) is None
             case "keyop":
                 return request.choice("operation", KEYOPS) == "iske"
+            case "snapshot":
+                return True
         return False
 
+    def _begin_capture(self, asked: _Waiting) -> bool:
+        """Begin one if that is asked for. False: it isn't, or the guest uses no keys, and so has none at any moment."""
+        connection, request, since = asked
+        match request.text("op"):
+            case "freeze":
+                if not self._freeze(connection, request):
+                    return False
+            case "snapshot":
+                if self._print_keys is None:
+                    raise ProtocolError("a snapshot of a VM that is read slice by slice")
+                if not self._keys.uses_keys():
+                    return False
+                seconds = PRINTING_SECONDS - (time.monotonic() - since)
+                self._freezing.begin_printing(connection, partial(self._print_keys, seconds))
+            case _:
+                return False
+        descriptor = self._freezing.fileno()
+        if descriptor is not None:
+            self._selector.register(descriptor, selectors.EVENT_READ, self._freezing)
+        return True
+
     def _freeze(self, connection: _Connection, request: Fields) -> bool:
-        """Begin a capture. False: the guest uses no keys, and so has none at any moment."""
+        if self._print_keys is not None:
+            raise ProtocolError("freeze of a VM whose keys are printed")
         self._freezing.require_none()
         self._transactions.require_idle()
         if connection.buffers is None:
@@ -284,9 +331,6 @@ class Service:
         if not self._keys.uses_keys():
             return False
         self._freezing.begin(connection, frames, budget, slice_seconds)
-        descriptor = self._freezing.fileno()
-        if descriptor is not None:
-            self._selector.register(descriptor, selectors.EVENT_READ, self._freezing)
         return True
 
     def _capture(self) -> None:
@@ -303,10 +347,10 @@ class Service:
             good = {"ok": {"uses_keys": True, "ns": end}}
             self._send(connection, error_message(end) if isinstance(end, SkeydError) else good)
         waiting, self._waiting = self._waiting, []
-        for connection, _ in waiting:
-            self._selector.register(connection.channel.connection, selectors.EVENT_READ, connection)
-        for connection, request in waiting:
-            self._handle(connection, request)
+        for one in waiting:
+            self._selector.register(one.connection.channel.connection, selectors.EVENT_READ, one.connection)
+        for one in waiting:
+            self._handle(one)
 
     def _set(self, connection: _Connection, request: Fields) -> dict[str, Any]:
         frames, view = self._slice(connection, request)
@@ -382,7 +426,7 @@ class Service:
     def _drop(self, connection: _Connection) -> None:
         if connection in self._connections:
             self._connections.remove(connection)
-            waiting = [one for one in self._waiting if one[0] is connection]
+            waiting = [one for one in self._waiting if one.connection is connection]
             if waiting:
                 self._waiting.remove(waiting[0])
             else:

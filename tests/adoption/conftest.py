@@ -10,6 +10,7 @@ import pytest
 from tests.adoption.qemu_vm import KINDS
 from tests.daemon import DaemonProcess
 from tests.injection.qemu import Qemu, require_qemu
+from tests.rpc.stubs import Stubs
 
 
 @pytest.fixture(params=KINDS)
@@ -30,3 +31,10 @@ def daemon(runtime_dir: Path) -> Iterator[DaemonProcess]:
         yield daemon
     finally:
         daemon.end_everything()
+
+
+@pytest.fixture
+def stubs(daemon: DaemonProcess) -> Iterator[Stubs]:
+    """Talk with the daemon."""
+    with Stubs(daemon.target) as stubs:
+        yield stubs

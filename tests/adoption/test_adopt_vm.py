@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -48,18 +47,6 @@ def owner(vms: int = 1) -> Victim:
     return Victim(command=[sys.executable, "-c", OWNER, str(vms)])
 
 
-@pytest.fixture
-def stubs(runtime_dir: Path) -> Iterator[Stubs]:
-    """Talk with a daemon that lets VMs be adopted."""
-    daemon = DaemonProcess(runtime_dir)
-    try:
-        daemon.start("--allow-adoption")
-        with Stubs(daemon.target) as stubs:
-            yield stubs
-    finally:
-        daemon.end_everything()
-
-
 def adopt(stubs: Stubs, **fields: Any) -> vm_pb2.Vm:
     return stubs.vms.AdoptVm(vm_service_pb2.AdoptVmRequest(**{**GOOD, **fields})).vm
 
@@ -87,6 +74,14 @@ def test_nobody_adopts_anything_unless_the_daemon_was_started_so(shared_daemon: 
         ({"pid": -1}, "REQUEST_INVALID"),
         ({"pid": (1 << 31) + 1}, "REQUEST_INVALID"),
         ({"vm_fd": 1 << 31}, "REQUEST_INVALID"),
+        ({"qmp_socket": "run/qmp"}, "REQUEST_INVALID"),
+        ({"qmp_socket": "/run/\n/qmp"}, "REQUEST_INVALID"),
+        ({"qmp_socket": "/" + "x" * 1024}, "REQUEST_INVALID"),
+        ({"qmp_socket": "/run/qmp", "pid": -1}, "REQUEST_INVALID"),
+        ({"qmp_socket": "/run/qmp", "access": 3}, "REQUEST_INVALID"),
+        ({"qmp_socket": "/run/qmp", "access": vm_pb2.ACCESS_QMP, "vm_fd": 3}, "REQUEST_INVALID"),
+        ({"qmp_socket": "/run/qmp", "pid": 0, "name": "web"}, "REQUEST_INVALID"),
+        ({"access": vm_pb2.ACCESS_QMP}, "REQUEST_INVALID"),
         ({"memory_slots": [vm_service_pb2.MemorySlotSpec(memory_size=4096)]}, "MEMORY_INVALID"),
         (
             {"memory_slots": [vm_service_pb2.MemorySlotSpec(memory_size=MIB, backing=vm_pb2.MEMORY_BACKING_MEMFD)]},

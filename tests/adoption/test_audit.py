@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final, cast
@@ -15,7 +14,7 @@ import pytest
 from skeyd.errors import Reason, SkeydError
 from skeyd.injection import proc
 from skeyd.rpc import calls, convert
-from skeyd.rpc.audit import FIELDS, noting_refused_vmm
+from skeyd.rpc.audit import noting_refused_vmm
 from skeyd.rpc.slots import CallSlots
 from skeyd.rpc.vm_service import VmService
 from skeyd.v1 import storage_key_service_pb2 as pb
@@ -23,7 +22,7 @@ from skeyd.v1 import vm_pb2, vm_service_pb2
 from skeyd.vms.registry import Registry
 from skeyd.vms.runtime import RuntimeDirectory, VmDirectory
 from skeyd.vms.vm import VmState
-from skeyd.worker.adoption import Vmm
+from skeyd.worker.adoption import VMM_METADATA, Vmm
 from skeyd.worker.packets import Fields
 from skeyd.worker.protocol import Spec
 from tests import vm_requests
@@ -33,7 +32,7 @@ from tests.daemon import DaemonProcess
 from tests.injection.victims import Victim
 from tests.rpc.stubs import MIB, Stubs, chunk, commit, header, refusal
 
-VMM: Final = Vmm(4711, 123_456, 64055, "/usr/bin/qemu-system-s390x", 13, "named", "web, 1")
+VMM: Final = Vmm(4711, 123_456, 64055, "/usr/bin/qemu-system-s390x", "web, 1", 13, "named")
 WHO: Final[dict[str, Any]] = {
     "vmm_pid": 4711,
     "vmm_start_time": 123_456,
@@ -44,12 +43,6 @@ WHO: Final[dict[str, Any]] = {
 NAME: Final = "vms/guest"
 
 
-@pytest.fixture
-def stubs(daemon: DaemonProcess) -> Iterator[Stubs]:
-    with Stubs(daemon.target) as stubs:
-        yield stubs
-
-
 def line(daemon: DaemonProcess, method: str) -> dict[str, Any]:
     """Wait for the next line of a method."""
     service = "VmService" if method.endswith("Vm") else "StorageKeyService"
@@ -58,7 +51,7 @@ def line(daemon: DaemonProcess, method: str) -> dict[str, Any]:
 
 def who(entry: dict[str, Any]) -> dict[str, Any]:
     """Return what a line has of a VMM."""
-    return {name: entry[name] for name in FIELDS if name in entry}
+    return {name: entry[name] for name in VMM_METADATA if name in entry}
 
 
 def refused(call: Any, request: Any) -> str:

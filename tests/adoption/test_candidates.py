@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,23 +26,6 @@ from tests.adoption.pretended import adopted
 from tests.daemon import DaemonProcess
 from tests.injection.victims import Victim, differences
 from tests.rpc.stubs import MIB, Refusal, Stubs, refusal
-
-
-@pytest.fixture
-def daemon(runtime_dir: Path) -> Iterator[DaemonProcess]:
-    """Run a daemon that lets VMs be adopted."""
-    daemon = DaemonProcess(runtime_dir)
-    try:
-        daemon.start("--allow-adoption")
-        yield daemon
-    finally:
-        daemon.end_everything()
-
-
-@pytest.fixture
-def stubs(daemon: DaemonProcess) -> Iterator[Stubs]:
-    with Stubs(daemon.target) as stubs:
-        yield stubs
 
 
 def candidates(stubs: Stubs) -> vm_service_pb2.ListVmCandidatesResponse:
@@ -87,8 +69,8 @@ def test_a_candidate_is_what_adopting_takes(daemon: DaemonProcess, stubs: Stubs)
 
 def test_one_that_is_adopted_is_said_to_be_as_what(daemon: DaemonProcess, stubs: Stubs) -> None:
     with owner() as victim, owner() as other:
-        vmm = Vmm(victim.pid, proc.start_time(victim.pid), 0, "", 4, "named")
-        another_time = Vmm(other.pid, proc.start_time(other.pid) + 1, 0, "", 4, "named")
+        vmm = Vmm(victim.pid, proc.start_time(victim.pid), 0, "", "", 4, "named")
+        another_time = Vmm(other.pid, proc.start_time(other.pid) + 1, 0, "", "", 4, "named")
         with adopted(daemon.runtime_dir, "guest", vmm) as worker, adopted(daemon.runtime_dir, "old", another_time):
             assert candidate(stubs, victim).adopted_as == "vms/guest"
             assert candidate(stubs, other).adopted_as == ""
@@ -133,13 +115,13 @@ def asked(said: dict[str, Any], *vms: Vm) -> vm_service_pb2.ListVmCandidatesResp
 
 
 def test_every_field_arrives() -> None:
-    vmm = Vmm(7, 70, 64055, "", 9, "named")
+    vmm = Vmm(7, 70, 64055, "", "", 9, "named")
     found = asked(
         Found((ONE,), 5, 6, 8).to_message(),
         Vm("first", VmState.READY),
         Vm("dead", VmState.DEAD, vmm=vmm),
         Vm("web", VmState.READY, vmm=vmm),
-        Vm("other", VmState.READY, vmm=Vmm(7, 71, 0, "", 9, "named")),
+        Vm("other", VmState.READY, vmm=Vmm(7, 71, 0, "", "", 9, "named")),
     )
     assert found == vm_service_pb2.ListVmCandidatesResponse(
         candidates=[

@@ -11,12 +11,14 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+from skeyd.client.connection import Client
 from skeyd.client.errors import ClientError
 from skeyd.client.reading import Keys
 from skeyd.injection import proc
 from skeyd.v1 import storage_key_service_pb2 as pb
 from skeyd.v1 import vm_pb2, vm_service_pb2
 from tests.adoption.qemu_vm import LONG, MIB, NAME, acc_and_f, adopt, buffers_in, look, some_keys
+from tests.adoption.untraceable import WITHOUT_RIGHT, require_rights
 from tests.daemon import DaemonProcess
 from tests.injection.qemu import FRAMES, PROGRAM, Qemu, require_qemu
 from tests.injection.victims import differences, wait_for
@@ -99,6 +101,67 @@ def test_memory_that_nobody_names_is_found_once_the_guest_uses_keys(daemon: Daem
         assert acc_and_f(stubs.get(NAME).keys) == keys
         client.delete_vm(NAME)
     qemu.answers()
+
+
+def test_over_its_monitor_it_says_where_it_has_memory_and_prints_what_was_set(
+    daemon: DaemonProcess, qemu: Qemu
+) -> None:
+    keys = some_keys(10, FRAMES)
+    with Stubs(daemon.target) as stubs, daemon.connect() as client:
+        request = vm_service_pb2.AdoptVmRequest(vm_id="guest", qmp_socket=str(qemu.monitor), max_hold_time=LONG)
+        vm = client.adopt_vm(request)
+        assert (vm.vmm.pid, vm.vmm.access) == (qemu.pid, vm_pb2.ACCESS_INJECTION)
+        # Though its guest uses no keys yet.
+        assert (vm.uses_storage_keys, vm.vmm.memory_source) == (False, vm_pb2.MEMORY_SOURCE_QMP)
+        assert [(slot.start_gfn, slot.count) for slot in vm.memory_slots] == [(0, FRAMES)]
+        stubs.set(NAME, [(0, keys)])
+        printed = vm_service_pb2.AdoptVmRequest(vm_id="printed", qmp_socket=str(qemu.monitor), access=vm_pb2.ACCESS_QMP)
+        wait_for(lambda: _adopts(client, printed))
+        assert acc_and_f(stubs.get("vms/printed").keys) == keys
+        assert acc_and_f(bytes([client.get_skey("vms/printed", 4711).key or 0])) == keys[4711:4712]
+        with pytest.raises(ClientError, match="BACKEND_READ_ONLY"):
+            client.set_skey("vms/printed", 0, 0x10)
+        # What is set by the one is read by the other.
+        stubs.set(NAME, [(8000, b"\x70" * 200)])
+        assert acc_and_f(stubs.get("vms/printed", (8000, 200)).keys) == b"\x70" * 200
+        for name in ("vms/printed", NAME):
+            client.delete_vm(name)
+    qemu.answers()
+
+
+def test_where_it_may_not_be_traced_its_keys_are_read_over_its_monitor(
+    daemon: DaemonProcess, qemu: Qemu, runtime_dir: Path
+) -> None:
+    require_rights()
+    keys = some_keys(11, FRAMES)
+    with Stubs(daemon.target) as stubs, daemon.connect() as client:
+        adopt(client, qemu)
+        stubs.set(NAME, [(0, keys)])
+        client.delete_vm(NAME)
+    weak = DaemonProcess(runtime_dir / "weak", WITHOUT_RIGHT)
+    try:
+        weak.start("--allow-adoption")
+        with Stubs(weak.target) as stubs, weak.connect() as client:
+            with pytest.raises(ClientError, match="VMM_NOT_TRACEABLE"):
+                adopt(client, qemu)
+            vm = client.adopt_vm(vm_service_pb2.AdoptVmRequest(vm_id="guest", qmp_socket=str(qemu.monitor)))
+            assert (vm.vmm.access, vm.vmm.memory_source) == (vm_pb2.ACCESS_QMP, vm_pb2.MEMORY_SOURCE_QMP)
+            assert acc_and_f(stubs.get(NAME).keys) == keys
+            client.delete_vm(NAME)
+    finally:
+        weak.end_everything()
+    qemu.answers()
+
+
+def _adopts(client: Client, request: vm_service_pb2.AdoptVmRequest) -> bool:
+    # QEMU takes its next client when it has seen that the last has gone.
+    try:
+        client.adopt_vm(request)
+    except ClientError as error:
+        if error.reason != "QMP_BUSY":
+            raise
+        return False
+    return True
 
 
 def test_a_frame_that_qemu_has_no_memory_for_is_told_by_the_kernel(daemon: DaemonProcess, qemu: Qemu) -> None:

@@ -34,7 +34,9 @@ class NotingDaemon(LyingDaemon):
         self, request: vm_service_pb2.AdoptVmRequest, context: grpc.ServicerContext
     ) -> vm_service_pb2.AdoptVmResponse:
         self.adopted.append(request)
-        vmm = vm_pb2.Vmm(pid=request.pid, vm_fd=request.vm_fd, name=request.name)
+        vmm = vm_pb2.Vmm(pid=request.pid, name=request.name, access=request.access)
+        if request.access != vm_pb2.ACCESS_QMP:
+            vmm.vm_fd = request.vm_fd
         vm = vm_pb2.Vm(name=f"vms/{request.vm_id}", kind=vm_pb2.VM_KIND_ADOPTED, vmm=vmm)
         return vm_service_pb2.AdoptVmResponse(vm=vm)
 

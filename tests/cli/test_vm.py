@@ -216,7 +216,7 @@ def test_a_vm_of_another_process_is_asked_for_as_the_options_say(runtime_dir: Pa
         options = ["--pid", "4711", "--memory", "1G", "--memory=2G@4G"]
         told = skeyctl(daemon.target, "vm", "adopt", "a", *options)
         assert told.out == "vms/a adopted from pid 4711, unknown, uid 0, VM descriptor 0: , 0 MiB\n"
-        more = ["--fd", "0", "--max-hold-ms=1500", "--json"]
+        more = ["--fd", "0", "--max-hold-ms=1500", "--start-time=815", "--json"]
         assert skeyctl(daemon.target, "vm", "adopt", "b", *options, *more).value["vmm"] == {
             "pid": 4711,
             "start_time": 0,
@@ -225,11 +225,20 @@ def test_a_vm_of_another_process_is_asked_for_as_the_options_say(runtime_dir: Pa
             "vm_fd": 0,
             "name": None,
             "memory_source": None,
+            "access": None,
         }
         named = ["vm", "adopt", "c", "--name=web,1", "--memory=1G"]
         assert "adopted from pid 0 (web,1), unknown" in skeyctl(daemon.target, *named).out
         assert skeyctl(daemon.target, *named, "--json").value["vmm"]["name"] == "web,1"
-        first, second, third, _ = daemon.adopted
+        over_qmp = ["vm", "adopt", "d", "--qmp-socket=/run/vm/qmp", "--access=qmp"]
+        assert "adopted from pid 0, unknown, uid 0, keys over QMP: " in skeyctl(daemon.target, *over_qmp).out
+        shown = skeyctl(daemon.target, *over_qmp, "--pid=5", "--json").value["vmm"]
+        assert (shown["access"], shown["vm_fd"]) == ("qmp", None)
+        skeyctl(daemon.target, *over_qmp[:4], "--access=injection")
+        first, second, third, _, fourth, fifth, sixth = daemon.adopted
+    assert (fourth.qmp_socket, fourth.access, fourth.pid) == ("/run/vm/qmp", vm_pb2.ACCESS_QMP, 0)
+    assert (fifth.pid, sixth.access) == (5, vm_pb2.ACCESS_INJECTION)
+    assert (first.qmp_socket, first.access) == ("", vm_pb2.ACCESS_UNSPECIFIED)
     assert (first.name, third.name, third.pid) == ("", "web,1", 0)
     slots = [(one.guest_phys_addr, one.memory_size, one.backing, one.file) for one in first.memory_slots]
     assert slots == [(0, GIB, 0, ""), (4 * GIB, 2 * GIB, 0, "")]
@@ -238,6 +247,7 @@ def test_a_vm_of_another_process_is_asked_for_as_the_options_say(runtime_dir: Pa
     assert not first.HasField("max_hold_time")
     assert second.HasField("vm_fd")
     assert second.max_hold_time.ToMilliseconds() == 1500
+    assert second.start_time == 815
 
 
 @pytest.mark.parametrize(
@@ -247,8 +257,16 @@ def test_a_vm_of_another_process_is_asked_for_as_the_options_say(runtime_dir: Pa
         ["--memory=1G"],
         ["--name=web", "--pid=1"],
         ["--pid=1", "--name=", "--memory=1G"],
+        ["--name=web", "--qmp-socket=/q"],
+        ["--qmp-socket=/\udcff"],
+        ["--qmp-socket=/q", "--access=ptrace"],
         ["--name=\udcff", "--memory=1G"],
         ["--pid=0", "--memory=1G"],
+        ["--pid=1", "--start-time=0"],
+        [f"--pid={1 << 63}"],
+        ["--pid=1", f"--start-time={1 << 64}"],
+        ["--pid=1", f"--fd={1 << 32}"],
+        ["--pid=1", f"--max-hold-ms={1 << 70}"],
         ["--pid=1", "--memory=1G:memfd"],
         ["--pid=1", "--memory=x"],
     ],

@@ -256,4 +256,49 @@ SAFETIES: Final = (
         "with suppress():",
         "faults/test_full_disk.py::test_a_log_that_takes_nothing_ends_no_vm",
     ),
+    Safety(
+        "no key is set while a VM is frozen",
+        "worker/service.py",
+        """        allow_enable = request.boolean("allow_enable")
+        self._freezing.require_none()
+""",
+        """        allow_enable = request.boolean("allow_enable")
+""",
+        "worker/test_freezing.py::test_while_another_process_reads_nobody_sets_and_who_reads_waits",
+    ),
+    Safety(
+        "the kernel ends who holds a VMM for too long",
+        "worker/held_capture.py",
+        "        end_at(end)\n",
+        "",
+        "injection/test_held_capture.py::test_when_the_budget_has_passed_the_kernel_ends_it_and_all_go_on",
+    ),
+    Safety(
+        "who holds a VMM ends with the worker",
+        "worker/held_capture.py",
+        "        end_with_parent(parent)\n",
+        "",
+        "injection/test_held_capture.py::test_with_the_worker_it_ends_and_all_go_on",
+    ),
+    Safety(
+        "no key is set of a VM whose VMM prints them",
+        "worker/service.py",
+        "        if self._print_keys is not None and op in _SETTING:\n",
+        "        if False:\n",
+        "worker/test_printing.py::test_nothing_can_be_set",
+    ),
+    Safety(
+        "what a VMM prints is what QEMU writes, page after page",
+        "worker/dump.py",
+        "        if start < self._next:\n",
+        "        if False:\n",
+        "worker/test_dump.py::test_pages_ascend",
+    ),
+    Safety(
+        "a monitor is that of the process that was meant",
+        "worker/qmp_vmm.py",
+        "    missing = missing_threads(monitor, wanted)\n    if missing:\n",
+        "    missing = missing_threads(monitor, wanted)\n    if False:\n",
+        "worker/test_adopting.py::test_a_monitor_that_tells_of_another_processs_cpus_is_not_taken",
+    ),
 )

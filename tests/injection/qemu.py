@@ -25,20 +25,25 @@ SANDBOX: Final = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecon
 
 
 class Qemu:
-    """A paused guest of 64 MiB, and a connection to its monitor."""
+    """A guest of 64 MiB, and a connection to its monitor; `monitor` is the socket of another one, for others."""
 
-    def __init__(self, directory: Path, *arguments: str) -> None:
+    def __init__(
+        self, directory: Path, *arguments: str, accel: str = "kvm", paused: bool = True, pass_fds: tuple[int, ...] = ()
+    ) -> None:
         self._directory = directory
+        self.monitor = directory / "monitor"
         path = directory / "qmp"
         self.process = subprocess.Popen(
             [
-                *(PROGRAM, "-machine", "s390-ccw-virtio", "-accel", "kvm", "-S", "-m", "64M", "-nodefaults"),
-                *("-display", "none", "-qmp", f"unix:{path},server=on,wait=off", *arguments),
-            ]
+                *(PROGRAM, "-machine", "s390-ccw-virtio", "-accel", accel, "-m", "64M", "-nodefaults"),
+                *("-display", "none", "-qmp", f"unix:{path},server=on,wait=off", *(["-S"] if paused else [])),
+                *("-qmp", f"unix:{self.monitor},server=on,wait=off", *arguments),
+            ],
+            pass_fds=pass_fds,
         )
         self._socket = socket.socket(socket.AF_UNIX)
         try:
-            wait_for(lambda: path.exists() or self.process.poll() is not None)
+            wait_for(lambda: self.monitor.exists() or self.process.poll() is not None)
             self._socket.settimeout(SECONDS)
             wait_for(lambda: self._socket.connect_ex(str(path)) == 0)
             self._file = self._socket.makefile("rb")
@@ -75,7 +80,7 @@ class Qemu:
 
     def answers(self) -> None:
         """See that it lives as it did."""
-        assert self.execute("query-status")["status"] in ("prelaunch", "paused")
+        assert self.execute("query-status")["status"] in ("prelaunch", "paused", "running")
 
     def dumped(self) -> bytes:
         """Return the keys as QEMU reads them itself."""
@@ -93,6 +98,12 @@ class Qemu:
         if process is not None:
             end(process)
         self.process.wait(SECONDS)
+
+
+def require_program() -> None:
+    """Skip where there is no QEMU."""
+    if shutil.which(PROGRAM) is None:
+        cannot(f"this takes {PROGRAM}")
 
 
 def require_qemu() -> None:

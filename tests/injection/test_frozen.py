@@ -45,6 +45,13 @@ def calls(injection: Injection, times: int = 3) -> None:
         assert injection.call(Call("getpid", GETPID, ())) == injection.target.pid
 
 
+def calls_while_nothing_moves(pid: int, at: int, injection: Injection) -> None:
+    """Have calls made by a process whose counters are at an address."""
+    before = counted(pid, at)
+    calls(injection)
+    assert counted(pid, at) == before
+
+
 def all_go_on(pid: int, at: int) -> None:
     """See that every thread moves: each worker, the first, and the one that makes others."""
     before = counted(pid, at)
@@ -273,10 +280,7 @@ def test_of_two_that_freeze_at_once_one_gets_on_and_the_other_is_told() -> None:
     with Victim("threads") as victim:
         at = victim.counters()
 
-        def look(injection: Injection) -> None:
-            before = counted(victim.pid, at)
-            calls(injection)
-            assert counted(victim.pid, at) == before
+        look = partial(calls_while_nothing_moves, victim.pid, at)
 
         def several() -> None:
             done = 0

@@ -7,6 +7,7 @@ import select
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from skeyd.injection.frozen import Frozen
 from skeyd.injection.injection import Injection
 from skeyd.injection.target import Target
 from skeyd.worker.held_capture import HeldCapture
-from tests.injection.test_frozen import all_go_on, calls, counted, states
+from tests.injection.test_frozen import all_go_on, calls_while_nothing_moves, counted, states
 from tests.injection.tracers import fork
 from tests.injection.victims import SECONDS, Victim, wait_for
 
@@ -56,11 +57,7 @@ def test_what_it_reads_is_told_after_all_was_let_go() -> None:
     with Victim("threads") as victim:
         at = victim.counters()
 
-        def look(injection: Injection) -> None:
-            before = counted(victim.pid, at)
-            calls(injection)
-            assert counted(victim.pid, at) == before
-
+        look = partial(calls_while_nothing_moves, victim.pid, at)
         for _ in range(5):
             assert end_of(HeldCapture(reading(victim.pid, look), SECONDS)) == 7
             assert {tracer for _, tracer in states(victim.pid).values()} == {0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import threading
 import time
 from collections.abc import Sequence
@@ -64,6 +65,8 @@ class Later(Keyed):
         self.began, self.cancelled = threading.Event(), threading.Event()
         self.told, self.telling = os.pipe()
         self.error: SkeydError | None = None
+        self.closing = threading.Event()
+        self.closed = False
 
     def capture(self, frames: Sequence[GfnRange], into: memoryview, seconds: float, slice_seconds: float) -> Any:
         backend = self
@@ -88,8 +91,16 @@ class Later(Keyed):
                     done += one.count
                 return 5
 
+            def seconds_left(self) -> None:
+                pass
+
             def cancel(self) -> None:
                 backend.cancelled.set()
+
+            def close(self) -> None:
+                backend.closing.set()
+                assert select.select([backend.told], [], [], SECONDS)[0]
+                backend.closed = True
 
         return Reading()
 
@@ -198,13 +209,14 @@ def test_a_worker_that_ends_waits_for_who_reads(runtime_dir: Path) -> None:
         assert backend.began.wait(SECONDS)
 
         def end() -> None:
-            backend.cancelled.wait(SECONDS)
+            backend.closing.wait(SECONDS)
             backend.go_on()
 
         thread = threading.Thread(target=end)
         thread.start()
     thread.join()
     assert backend.cancelled.is_set()
+    assert backend.closed
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from skeyd.worker.protocol import MAX_MEMORY, MAX_MEMORY_SLOTS, Hello, SlotSpec,
 from tests.examples import examples
 from tests.worker.specs import UID
 
-VMM = Vmm(4712, 123_456, 64055, "/usr/bin/qemu-system-s390x", 13, "probed", "web")
+VMM = Vmm(4712, 123_456, 64055, "/usr/bin/qemu-system-s390x", "web", 13, "probed")
 SPEC = Spec(
     "web-1",
     UID,
@@ -91,6 +91,7 @@ BAD_VMM: dict[tuple[str | int, ...], list[Any]] = {
     ("vmm", "executable"): [*NO_TEXT, LONG],
     ("vmm", "fd"): [*NO_INTEGER, -1, 1 << 31],
     ("vmm", "memory_source"): [*NO_TEXT, "", "qmp ", "Probed", "probed\n"],
+    ("vmm", "access"): [*NO_TEXT[1:], "", "QMP", "injection\n"],
     ("vmm", "name"): BAD_NAME,
 }
 
@@ -108,6 +109,8 @@ BAD: dict[str, dict[tuple[str | int, ...], list[Any]]] = {
         ("adoption", "fd"): [*NO_INTEGER, -2, 1 << 31],
         ("adoption", "hold_ms"): [*NO_INTEGER, -1, 0, 10_001],
         ("adoption", "name"): BAD_NAME,
+        ("adoption", "qmp_socket"): [*NO_TEXT, LONG],
+        ("adoption", "access"): [*NO_TEXT, "QMP", "ptrace", "qmp\n"],
         ("vmm",): NO_OBJECT[1:],
         **BAD_VMM,
         ("slots",): [*NO_LIST, *([one] for one in NO_OBJECT)],
@@ -148,7 +151,7 @@ BAD: dict[str, dict[tuple[str | int, ...], list[Any]]] = {
         ("candidates", 1, "start_time"): [*NO_INTEGER, -1, 1 << 64],
         ("candidates", 1, "uid"): [*NO_INTEGER, -1, 1 << 32],
         ("candidates", 1, "executable"): [*NO_TEXT, LONG, "a\n"],
-        ("candidates", 1, "name"): [None, *BAD_NAME],
+        ("candidates", 1, "name"): BAD_NAME,
         ("candidates", 1, "vm_fds"): [*NO_LIST, *([one] for one in NO_INTEGER), [-1], [1 << 31], [4] * (FDS_MAX + 1)],
         ("candidates", 1, "vcpus"): [*NO_INTEGER, -1, 1 << 32],
         ("candidates", 1, "mapped"): [*NO_INTEGER, -1, 1 << 64],
@@ -195,9 +198,10 @@ def _holder(message: dict[str, Any], place: tuple[str | int, ...]) -> Any:
     return holder
 
 
-MAY_BE_MISSING: dict[str, tuple[tuple[str, ...], ...]] = {
-    "spec": (("adoption", "name"), ("vmm", "name"), ("vmm",)),
-    "hello": (("vmm", "name"), ("freezes",)),
+MAY_BE_MISSING: dict[str, tuple[tuple[str | int, ...], ...]] = {
+    "spec": (("adoption", "name"), ("vmm", "name"), ("vmm", "access"), ("vmm",)),
+    "hello": (("vmm", "name"), ("vmm", "access"), ("freezes",)),
+    "found": (("candidates", 1, "name"),),
 }
 """Who wrote it can be older than these."""
 every_field = pytest.mark.parametrize(("kind", "place"), [one for kind in READERS for one in _places(kind)])
@@ -231,9 +235,10 @@ _vmms = st.builds(
     st.integers(0, (1 << 64) - 1),
     st.integers(0, adoption.UID_MAX),
     _texts,
+    _texts,
     st.integers(0, adoption.FD_MAX),
     st.sampled_from(adoption.MEMORY_SOURCES),
-    _texts,
+    st.sampled_from(adoption.ACCESSES),
 )
 _frames = st.integers(0, (1 << 64) - 1).flatmap(
     lambda start: st.builds(GfnRange, st.just(start), st.integers(1, min(1 << 52, (1 << 64) - start)))
@@ -264,7 +269,17 @@ _frames = st.integers(0, (1 << 64) - 1).flatmap(
             st.integers(0, (1 << 64) - 1),
             st.integers(-1, adoption.FD_MAX),
             st.integers(1, adoption.HOLD_MAX_MS),
-        ).flatmap(lambda one: st.sampled_from((one, replace(one, pid=0, name="web")))),
+            access=st.sampled_from(("", *adoption.ACCESSES)),
+        ).flatmap(
+            lambda one: st.sampled_from(
+                (
+                    one,
+                    replace(one, pid=0, name="web"),
+                    replace(one, pid=0, qmp_socket="/q"),
+                    replace(one, qmp_socket="/q"),
+                )
+            )
+        ),
         vmm=st.none() | _vmms,
     ).map(lambda spec: spec if spec.kind == "adopted" else replace(spec, adoption=None, vmm=None))
 )
@@ -281,6 +296,18 @@ def test_only_an_adopted_vm_is_another_processs(kind: str) -> None:
         Spec.from_message(_over_the_wire(replace(SPEC, kind=kind, adoption=None).to_message()))
     with pytest.raises(ProtocolError, match=f"the vmm of a VM of kind {kind}"):
         Hello.from_message(_over_the_wire(replace(HELLO, kind=kind).to_message()))
+
+
+def test_a_process_without_a_number_is_one_that_listens() -> None:
+    assert SPEC.adoption is not None
+    spec = replace(SPEC, adoption=replace(SPEC.adoption, pid=0, qmp_socket="/run/vm/qmp", access="qmp"))
+    assert Spec.from_message(_over_the_wire(spec.to_message())) == spec
+
+
+def test_only_a_vmm_that_prints_its_keys_has_no_descriptor() -> None:
+    assert HELLO.vmm is not None
+    hello = replace(HELLO, vmm=replace(HELLO.vmm, fd=-1, access="qmp"))
+    assert Hello.from_message(_over_the_wire(hello.to_message())) == hello
 
 
 @given(

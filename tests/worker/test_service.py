@@ -25,7 +25,7 @@ from skeyd.kvm.errors import KvmError
 from skeyd.kvm.vm import Vm
 from skeyd.linux import open_unnamed, peer_of
 from skeyd.worker import journal, service
-from skeyd.worker.backend import Backend
+from skeyd.worker.backend import Backend, Printing
 from skeyd.worker.protocol import BUFFER_BYTES, BUFFER_KEYS, SOCKET, Hello
 from skeyd.worker.service import Service
 from tests.worker.backends import Recording, Refusing
@@ -47,6 +47,7 @@ def _serving(
     backend: Backend,
     open_journal: Callable[[], int] | None = None,
     release: Callable[[], None] | None = None,
+    print_keys: Callable[[float], Printing] | None = None,
 ) -> Iterator[Callable[[], None]]:
     # Gives what tells it to stop.
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -55,7 +56,8 @@ def _serving(
         listener.bind(str(directory / SOCKET))
         listener.listen()
         hello = Hello("web", UID, "0" * 32, "owned", "6.1", "0", os.getpid(), 0, backend.memory_map.slots)
-        service = Service(listener, hello, backend, open_journal or partial(_open_journal, directory), release)
+        journal = open_journal or partial(_open_journal, directory)
+        service = Service(listener, hello, backend, journal, release, print_keys)
         thread = threading.Thread(target=service.run, args=(wake,))
         thread.start()
         try:

@@ -1,0 +1,196 @@
+"""All keys of a VM while its VMM prints them: a capture that reads along, a part a step, and never waits."""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
+from typing import Final
+
+from skeyd.errors import SkeydError
+from skeyd.linux import wide_pipe
+from skeyd.qmp.errors import QmpError, RefusedError
+from skeyd.qmp.monitor import Monitor
+from skeyd.worker.dump import DumpParser, Snapshot
+from skeyd.worker.packets import Fields
+
+END_SECONDS: Final = 10.0
+"""How long a VMM may take to end a dump that nobody reads any more, and to forget what it was given."""
+
+PIPE_BYTES: Final = 1 << 20
+"""What fs.pipe-max-size allows anybody."""
+
+_FD_MAX: Final = (1 << 31) - 1
+_FDSET_MAX: Final = (1 << 63) - 1
+_FDSETS_MAX: Final = 1 << 16
+
+
+class DumpPipe:
+    """A pipe whose other end a VMM has as a descriptor of its own. QmpErrors, ProtocolError."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._read, write = wide_pipe(PIPE_BYTES)
+        self._name = f"skeyd-{os.urandom(8).hex()}"
+        try:
+            told = Fields(monitor.execute("add-fd", {"opaque": self._name}, write), "add-fd")
+            self.there = told.integer("fd", 0, _FD_MAX)
+            """Its number in the VMM."""
+            self.fdset = told.integer("fdset-id", 0, _FDSET_MAX)
+        except BaseException:
+            os.close(self._read)
+            raise
+        finally:
+            os.close(write)
+
+    def is_in(self, monitor: Monitor) -> bool:
+        """Whether the VMM has it still."""
+        sets = Fields({"return": monitor.execute("query-fdsets")}, "query-fdsets").objects("return", _FDSETS_MAX)
+        return any(
+            fd.has("opaque") and (fd.text("opaque"), fd.integer("fd", 0, _FD_MAX)) == (self._name, self.there)
+            for one in sets
+            for fd in one.objects("fds", _FDSETS_MAX)
+        )
+
+    def fileno(self) -> int:
+        """Return the end that is read."""
+        return self._read
+
+    def read(self) -> bytes | None:
+        """Return what comes next; None: nothing is there now. Empty: nobody has the other end any more."""
+        try:
+            return os.read(self._read, PIPE_BYTES)
+        except BlockingIOError:
+            return None
+
+    def close(self) -> None:
+        """Let it go: a VMM that writes still gets EPIPE, and goes on to the end (seen)."""
+        os.close(self._read)
+
+
+_Connect = Callable[[], AbstractContextManager[Monitor]]
+_PipeIn = Callable[[Monitor], DumpPipe]
+
+
+class DumpCapture:
+    """A Printing. What it takes is a monitor that is connected to, and a pipe in its VMM, by two functions.
+
+    `drop_pipe` is called where the pipe can't be used again. SkeydErrors and QmpErrors as `connect` has them: from the
+    constructor, which begins the dump, and from `step`.
+    """
+
+    def __init__(
+        self,
+        connect: _Connect,
+        pipe_in: _PipeIn,
+        drop_pipe: Callable[[], None],
+        parser: DumpParser,
+        seconds: float,
+    ) -> None:
+        self._parser = parser
+        self._drop_pipe = drop_pipe
+        self._monitor: Monitor | None = None
+        self._look = select.epoll()
+        self._steps = self._all(connect, pipe_in, seconds)
+        self._goes_on_at_once = False
+        try:
+            self.step()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def keys(self) -> Snapshot:
+        """They are whole once `step` has returned 0."""
+        return self._parser.snapshot
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable when the VMM has printed or said something."""
+        return self._look.fileno()
+
+    def seconds_left(self) -> float:
+        """Return how long the VMM may be silent; 0: there is something to do."""
+        return 0.0 if self._goes_on_at_once or self._monitor is None else self._monitor.seconds_left()
+
+    def step(self) -> int | None:
+        """Take a part of what was printed. The VM's owner never stands still: 0 at the end."""
+        try:
+            self._goes_on_at_once = next(self._steps)
+        except StopIteration:
+            self.close()
+            return 0
+        except BaseException:
+            self.close()
+            raise
+        return None
+
+    def cancel(self) -> None:
+        """Go on to the end all the same: a VMM is not hurried by a reader that is gone, and the pipe is used again."""
+
+    def close(self) -> None:
+        """Hang up, in the middle of a dump too."""
+        self._steps.close()
+        self._look.close()
+
+    def _all(self, connect: _Connect, pipe_in: _PipeIn, seconds: float) -> Generator[bool, None, None]:
+        # Each yield says whether to go on at once, or when something is readable.
+        with connect() as monitor:
+            self._monitor = monitor
+            pipe = pipe_in(monitor)
+            failure: Exception | None = None
+            try:
+                monitor.allow(seconds)
+                # By its path, which opens it anew. As /dev/fdset/N it would be cut, which no pipe can be
+                # (util/osdep.c, qemu_dup_flags; seen with 7.2: EINVAL).
+                monitor.begin("dump-skeys", {"filename": f"/proc/self/fd/{pipe.there}"})
+                self._look.register(monitor, select.EPOLLIN)
+                self._look.register(pipe, select.EPOLLIN)
+                yield True  # so that the constructor has begun it, and no more
+                yield from self._read_along(monitor, pipe)
+                monitor.answer()
+                self._parser.finish()
+            except RefusedError as error:
+                # It doesn't write, and what it had written was read: the pipe can be used again.
+                failure = error
+            except (QmpError, SkeydError, OSError) as error:
+                failure = error
+                # It may be writing still.
+                self._drop_pipe()
+            except BaseException:
+                self._drop_pipe()
+                raise
+            try:
+                monitor.allow(END_SECONDS)
+                yield from self._answered(monitor)
+                monitor.settle()
+                monitor.begin("remove-fd", {"fdset-id": pipe.fdset, "fd": pipe.there})
+                yield from self._answered(monitor)
+                monitor.answer()
+            except QmpError:
+                pass  # the keys are there all the same, and a VMM that runs closes it when the monitor hangs up
+            if failure is not None:
+                raise failure
+
+    def _read_along(self, monitor: Monitor, pipe: DumpPipe) -> Generator[bool, None, None]:
+        is_open = True
+        while True:
+            # Asked first, so that all it printed before is in the pipe by now.
+            is_answered = monitor.is_answered()
+            while is_open:
+                part = pipe.read()
+                if part is None:
+                    break
+                if not part:
+                    # Nobody has the other end any more, and the answer is on its way.
+                    self._look.unregister(pipe)
+                    is_open = False
+                    break
+                self._parser.feed(part)
+                yield True
+            if is_answered:
+                return
+            yield False
+
+    def _answered(self, monitor: Monitor) -> Generator[bool, None, None]:
+        while monitor.is_asked() and not monitor.is_answered():
+            yield False

@@ -1,0 +1,250 @@
+"""All keys while a VMM prints them: a VMM that prints slowly, stops, ends, refuses or lies, and nothing that waits."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from skeyd.errors import Reason, SkeydError
+from skeyd.gfn import GfnRange
+from skeyd.qmp.errors import BrokenError, BusyError, QmpError, RefusedError
+from skeyd.qmp.monitor import Monitor
+from skeyd.worker import dump_capture
+from skeyd.worker.dump import DumpParser
+from skeyd.worker.dump_capture import DumpCapture, DumpPipe
+from tests.qmp.monitors import SECONDS, Conversation, FakeMonitor
+from tests.qmp.printer import Printer, put
+from tests.worker.test_dump import dump, memory
+
+FRAMES: Final = 5000
+KEYS: Final = bytes(gfn * 2 % 256 for gfn in range(FRAMES))
+
+
+class Reader:
+    """What a worker does of a VM over QMP, but for its checks."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.pipe: DumpPipe | None = None
+        self.dropped = 0
+        self.parser = DumpParser(memory((0, FRAMES)))
+
+    def begin(self, seconds: float = SECONDS) -> DumpCapture:
+        return DumpCapture(partial(Monitor, self.path, SECONDS), self.pipe_in, self.drop, self.parser, seconds)
+
+    def pipe_in(self, monitor: Monitor) -> DumpPipe:
+        self.pipe = self.pipe or DumpPipe(monitor)
+        return self.pipe
+
+    def drop(self) -> None:
+        self.dropped += 1
+        self.close()
+
+    def close(self) -> None:
+        if self.pipe is not None:
+            self.pipe.close()
+            self.pipe = None
+
+
+@contextmanager
+def printed(directory: Path) -> Iterator[tuple[Printer, Reader]]:
+    vmm = Printer(KEYS)
+    with FakeMonitor(directory / "qmp", vmm.converse) as fake:
+        reader = Reader(fake.path)
+        try:
+            yield vmm, reader
+        finally:
+            vmm.goes_on.set()
+            reader.close()
+    vmm.let_go()
+
+
+def end_of(capture: DumpCapture) -> int:
+    """Step whenever there is something to do, until it has ended."""
+    until = time.monotonic() + SECONDS
+    while time.monotonic() < until:
+        select.select([capture], [], [], capture.seconds_left())
+        done = capture.step()
+        if done is not None:
+            return done
+    pytest.fail("it doesn't end")
+
+
+def test_all_keys_are_there_at_its_end_and_the_vmm_has_nothing_left(runtime_dir: Path) -> None:
+    with printed(runtime_dir) as (vmm, reader):
+        capture = reader.begin()
+        assert end_of(capture) == 0
+        into = bytearray(FRAMES)
+        capture.keys.read(GfnRange(0, FRAMES), memoryview(into))
+        assert bytes(into) == KEYS
+        assert vmm.commands == ["qmp_capabilities", "add-fd", "dump-skeys", "remove-fd"]
+        assert (vmm.given, reader.dropped) == (-1, 0)
+
+
+def test_no_step_waits_for_a_vmm_that_prints_slowly(runtime_dir: Path) -> None:
+    with printed(runtime_dir) as (vmm, reader):
+        vmm.prints = vmm.half_by_half
+        capture = reader.begin()
+        seen = 0
+        while seen < 3:
+            # Nothing is readable once the first half was read; a step finds that out, and no more.
+            if not select.select([capture], [], [], 0)[0] and not vmm.goes_on.is_set() and capture.seconds_left():
+                seen += 1
+            began = time.monotonic()
+            assert capture.step() is None
+            assert time.monotonic() - began < SECONDS / 2
+        vmm.goes_on.set()
+        assert end_of(capture) == 0
+
+
+def test_a_vmm_that_stops_in_the_middle_is_given_up_when_the_time_has_passed(
+    runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dump_capture, "END_SECONDS", 0.2)
+    with printed(runtime_dir) as (vmm, reader):
+        vmm.prints = vmm.half_by_half
+        capture = reader.begin(seconds=0.3)
+        assert capture.seconds_left() <= 0.3
+        with pytest.raises(BusyError, match="no answer to dump-skeys"):
+            end_of(capture)
+        assert reader.dropped == 1
+        # It goes on to the end without a reader.
+        vmm.goes_on.set()
+
+
+def test_a_vmm_that_is_late_is_told_to_forget_what_it_was_given(runtime_dir: Path) -> None:
+    with printed(runtime_dir) as (vmm, reader):
+        vmm.prints = vmm.half_by_half
+        capture = reader.begin(seconds=0.2)
+        while not reader.dropped:
+            select.select([capture], [], [], capture.seconds_left())
+            assert capture.step() is None
+        vmm.goes_on.set()
+        with pytest.raises(BusyError, match="no answer to dump-skeys"):
+            end_of(capture)
+        assert vmm.commands[-1] == "remove-fd"
+        assert vmm.given == -1
+
+
+def test_a_vmm_that_hangs_up_in_the_middle_has_printed_nothing(runtime_dir: Path) -> None:
+    def hang_up(one: Conversation) -> None:
+        one.greet()
+        _, (fd,), *_ = socket.recv_fds(one.connection, 1 << 16, 1)
+        try:
+            one.say({"return": {"fdset-id": 0, "fd": fd}, "id": 2})
+            one.connection.recv(1 << 16)
+            put(fd, dump(0, KEYS))
+        finally:
+            os.close(fd)
+
+    with FakeMonitor(runtime_dir / "qmp", hang_up) as fake:
+        reader = Reader(fake.path)
+        with pytest.raises(BrokenError, match="hung up"):
+            end_of(reader.begin())
+        assert reader.dropped == 1
+
+
+def test_a_refusal_is_told_and_the_pipe_used_again(runtime_dir: Path) -> None:
+    def refuse(write: int) -> dict[str, Any]:
+        put(write, dump(0, KEYS)[:1000])
+        return {"error": {"class": "GenericError", "desc": "Get keys error 14"}}
+
+    with printed(runtime_dir) as (vmm, reader):
+        vmm.prints = refuse
+        with pytest.raises(RefusedError, match="Get keys error 14"):
+            end_of(reader.begin())
+        assert reader.dropped == 0
+        assert reader.pipe is not None
+        assert reader.pipe.read() == b""  # nothing is left in it; and nobody has it any more
+        assert vmm.commands[-1] == "remove-fd"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"", "it is empty"),
+        (b"hello\n", "is no dump of keys"),
+        (dump(0, KEYS)[:-1], "in the middle of a line"),
+        (b"x" * 4096, "a line has more than"),
+    ],
+)
+def test_what_is_no_dump_is_refused_and_the_vmm_let_go(runtime_dir: Path, text: bytes, said: str) -> None:
+    def lie(write: int) -> dict[str, Any]:
+        put(write, text)
+        return {"return": {}}
+
+    with printed(runtime_dir) as (vmm, reader):
+        vmm.prints = lie
+        with pytest.raises(SkeydError, match=said) as caught:
+            end_of(reader.begin())
+        assert caught.value.reason is Reason.QMP_FAILED
+        assert reader.dropped == 1
+        assert vmm.given == -1
+
+
+def test_a_dump_without_an_end_is_read_no_longer_than_it_may_take(runtime_dir: Path) -> None:
+    def flood(write: int) -> dict[str, Any]:
+        # Of a guest of which skeyd knows a part.
+        page = FRAMES
+        with suppress(BrokenPipeError):
+            while True:
+                data = dump(page, b"\x10" * 1000)
+                page += 1000
+                while data:
+                    data = data[os.write(write, data) :]
+        return {"return": {}}
+
+    with printed(runtime_dir) as (vmm, reader):
+        vmm.prints = flood
+        capture = reader.begin(seconds=0.5)
+        with pytest.raises(QmpError, match="no answer to dump-skeys"):
+            end_of(capture)
+        assert capture.keys.room == 0
+
+
+def test_one_that_nobody_waits_for_goes_on_to_the_end(runtime_dir: Path) -> None:
+    with printed(runtime_dir) as (vmm, reader):
+        vmm.prints = vmm.half_by_half
+        capture = reader.begin()
+        capture.cancel()
+        vmm.goes_on.set()
+        assert end_of(capture) == 0
+        assert (vmm.commands[-1], vmm.given, reader.dropped) == ("remove-fd", -1, 0)
+
+
+def test_one_that_is_closed_in_the_middle_hangs_up(runtime_dir: Path) -> None:
+    with printed(runtime_dir) as (vmm, reader):
+        vmm.prints = vmm.half_by_half
+        capture = reader.begin()
+        assert capture.step() is None
+        capture.close()
+        capture.close()
+        assert reader.dropped == 1
+        vmm.goes_on.set()
+
+
+def test_where_it_cant_begin_nothing_is_left(runtime_dir: Path) -> None:
+    def refuse(one: Conversation) -> None:
+        one.greet()
+        heard = one.hear()
+        one.say(
+            {"error": {"class": "GenericError", "desc": "File descriptor named was not supplied"}, "id": heard["id"]}
+        )
+        one.wait_for_end()
+
+    with FakeMonitor(runtime_dir / "qmp", refuse) as fake:
+        reader = Reader(fake.path)
+        with pytest.raises(RefusedError, match="add-fd"):
+            reader.begin()
+        assert (reader.pipe, reader.dropped) == (None, 0)
+    with pytest.raises(QmpError):
+        Reader(str(runtime_dir / "nobody")).begin()
