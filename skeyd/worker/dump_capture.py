@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import select
-from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, suppress
 from typing import Final
 
 from skeyd.errors import SkeydError
+from skeyd.injection import proc
 from skeyd.linux import wide_pipe
 from skeyd.qmp.errors import QmpError, RefusedError
 from skeyd.qmp.monitor import Monitor
@@ -25,13 +27,18 @@ _FD_MAX: Final = (1 << 31) - 1
 _FDSET_MAX: Final = (1 << 63) - 1
 _FDSETS_MAX: Final = 1 << 16
 
+_NAME: Final = re.compile(r"skeyd-([0-9]{1,10})-([0-9]{1,20})-[0-9a-f]{16}")
+"""What a pipe's end is called in the VMM: by pid and start time of its worker, in clock ticks since boot."""
+
 
 class DumpPipe:
     """A pipe whose other end a VMM has as a descriptor of its own. QmpErrors, ProtocolError."""
 
     def __init__(self, monitor: Monitor) -> None:
+        _forget_those_of_the_dead(monitor)
         self._read, write = wide_pipe(PIPE_BYTES)
-        self._name = f"skeyd-{os.urandom(8).hex()}"
+        pid = os.getpid()
+        self._name = f"skeyd-{pid}-{proc.start_time(pid)}-{os.urandom(8).hex()}"
         try:
             told = Fields(monitor.execute("add-fd", {"opaque": self._name}, write), "add-fd")
             self.there = told.integer("fd", 0, _FD_MAX)
@@ -45,12 +52,7 @@ class DumpPipe:
 
     def is_in(self, monitor: Monitor) -> bool:
         """Whether the VMM has it still."""
-        sets = Fields({"return": monitor.execute("query-fdsets")}, "query-fdsets").objects("return", _FDSETS_MAX)
-        return any(
-            fd.has("opaque") and (fd.text("opaque"), fd.integer("fd", 0, _FD_MAX)) == (self._name, self.there)
-            for one in sets
-            for fd in one.objects("fds", _FDSETS_MAX)
-        )
+        return any((name, fd) == (self._name, self.there) for name, _, fd in _given(monitor))
 
     def fileno(self) -> int:
         """Return the end that is read."""
@@ -70,6 +72,32 @@ class DumpPipe:
 
 _Connect = Callable[[], AbstractContextManager[Monitor]]
 _PipeIn = Callable[[Monitor], DumpPipe]
+
+
+def _given(monitor: Monitor) -> Iterator[tuple[str, int, int]]:
+    # What the VMM was given and has still: by which name, in which set, as which descriptor.
+    sets = Fields({"return": monitor.execute("query-fdsets")}, "query-fdsets").objects("return", _FDSETS_MAX)
+    for one in sets:
+        for fd in one.objects("fds", _FDSETS_MAX):
+            if fd.has("opaque"):
+                yield fd.text("opaque"), one.integer("fdset-id", 0, _FDSET_MAX), fd.integer("fd", 0, _FD_MAX)
+
+
+def _forget_those_of_the_dead(monitor: Monitor) -> None:
+    # A worker that is killed in the middle of a dump can't do it itself; and QEMU forgets what a client gave it only
+    # when nobody is connected to any of its monitors (monitor/fds.c, monitor_fdset_cleanup; seen with 7.2).
+    for name, fdset, fd in list(_given(monitor)):
+        found = _NAME.fullmatch(name)
+        if found is not None and not _lives(int(found[1]), int(found[2])):
+            with suppress(RefusedError):
+                monitor.execute("remove-fd", {"fdset-id": fdset, "fd": fd})
+
+
+def _lives(pid: int, start_time: int) -> bool:
+    try:
+        return proc.start_time(pid) == start_time
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 class DumpCapture:

@@ -264,7 +264,7 @@ def test_qemu_stands_still_while_it_is_frozen_and_goes_on_when_the_budget_has_pa
     with Stubs(daemon.target) as stubs, daemon.connect() as client:
         vm = adopt(client, qemu)
         stubs.set(NAME, [(0, some_keys(4, FRAMES))])
-        for _ in range(20):
+        for _ in range(300):
             request = pb.GetSkeysRequest(vm=NAME, consistency=pb.CONSISTENCY_FROZEN, freeze_budget=Duration(seconds=10))
             call = stubs.keys.GetSkeys(request)
             while call.is_active() and not (states(qemu.pid) == {"t"} and holder_of(vm.worker_pid)):

@@ -193,7 +193,9 @@ def test_a_qemu_that_keeps_what_it_is_given_is_given_it_once(qemu: Qemu, stubs: 
     qemu.answers()
 
 
-def test_who_is_killed_in_the_middle_of_a_dump_leaves_a_qemu_that_lives(runtime_dir: Path) -> None:
+def test_who_is_killed_in_the_middle_of_a_dump_leaves_a_qemu_that_lives_and_nothing_for_long(
+    stubs: Stubs, runtime_dir: Path
+) -> None:
     # More than a pipe holds.
     require_program()
     qemu = Qemu(
@@ -216,7 +218,11 @@ def test_who_is_killed_in_the_middle_of_a_dump_leaves_a_qemu_that_lives(runtime_
             pid = fork(begin)
             assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
             qemu.answers()
-        wait_for(lambda: qemu.execute("query-fdsets") == [])
+        # Another client is connected, so QEMU keeps what it was given; each had it forget the one before.
+        assert len(qemu.execute("query-fdsets")) == 1
+        wait_for(lambda: _adopts(stubs, qemu))
+        assert len(stubs.get(NAME).keys) == 512 * MIB >> 12
+        assert qemu.execute("query-fdsets") == []
     finally:
         qemu.close()
 

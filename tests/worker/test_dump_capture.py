@@ -86,7 +86,7 @@ def test_all_keys_are_there_at_its_end_and_the_vmm_has_nothing_left(runtime_dir:
         into = bytearray(FRAMES)
         capture.keys.read(GfnRange(0, FRAMES), memoryview(into))
         assert bytes(into) == KEYS
-        assert vmm.commands == ["qmp_capabilities", "add-fd", "dump-skeys", "remove-fd"]
+        assert vmm.commands == ["qmp_capabilities", "query-fdsets", "add-fd", "dump-skeys", "remove-fd"]
         assert (vmm.given, reader.dropped) == (-1, 0)
 
 
@@ -138,9 +138,10 @@ def test_a_vmm_that_is_late_is_told_to_forget_what_it_was_given(runtime_dir: Pat
 def test_a_vmm_that_hangs_up_in_the_middle_has_printed_nothing(runtime_dir: Path) -> None:
     def hang_up(one: Conversation) -> None:
         one.greet()
+        one.answer([], "query-fdsets")
         _, (fd,), *_ = socket.recv_fds(one.connection, 1 << 16, 1)
         try:
-            one.say({"return": {"fdset-id": 0, "fd": fd}, "id": 2})
+            one.say({"return": {"fdset-id": 0, "fd": fd}, "id": 3})
             one.connection.recv(1 << 16)
             put(fd, dump(0, KEYS))
         finally:
@@ -235,6 +236,7 @@ def test_one_that_is_closed_in_the_middle_hangs_up(runtime_dir: Path) -> None:
 def test_where_it_cant_begin_nothing_is_left(runtime_dir: Path) -> None:
     def refuse(one: Conversation) -> None:
         one.greet()
+        one.answer([], "query-fdsets")
         heard = one.hear()
         one.say(
             {"error": {"class": "GenericError", "desc": "File descriptor named was not supplied"}, "id": heard["id"]}
