@@ -199,7 +199,7 @@ def test_who_is_killed_in_the_middle_of_a_dump_leaves_a_qemu_that_lives_and_noth
     # More than a pipe holds.
     require_program()
     qemu = Qemu(
-        runtime_dir, "-kernel", str(write_guest(runtime_dir / "kernel")), "-m", "512M", accel="tcg", paused=False
+        runtime_dir, "-kernel", str(write_guest(runtime_dir / "kernel")), memory_mib=512, accel="tcg", paused=False
     )
     try:
         wait_for(lambda: has_set_all(qemu))
@@ -221,7 +221,7 @@ def test_who_is_killed_in_the_middle_of_a_dump_leaves_a_qemu_that_lives_and_noth
         # Another client is connected, so QEMU keeps what it was given; each had it forget the one before.
         assert len(qemu.execute("query-fdsets")) == 1
         wait_for(lambda: _adopts(stubs, qemu))
-        assert len(stubs.get(NAME).keys) == 512 * MIB >> 12
+        assert len(stubs.get(NAME).keys) == qemu.frames
         assert qemu.execute("query-fdsets") == []
     finally:
         qemu.close()

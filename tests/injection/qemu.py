@@ -25,17 +25,24 @@ SANDBOX: Final = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecon
 
 
 class Qemu:
-    """A guest of 64 MiB, and a connection to its monitor; `monitor` is the socket of another one, for others."""
+    """A guest, and a connection to its monitor; `monitor` is the socket of another one, for others."""
 
     def __init__(
-        self, directory: Path, *arguments: str, accel: str = "kvm", paused: bool = True, pass_fds: tuple[int, ...] = ()
+        self,
+        directory: Path,
+        *arguments: str,
+        memory_mib: int = 64,
+        accel: str = "kvm",
+        paused: bool = True,
+        pass_fds: tuple[int, ...] = (),
     ) -> None:
         self._directory = directory
+        self.frames = memory_mib << 20 >> 12
         self.monitor = directory / "monitor"
         path = directory / "qmp"
         self.process = subprocess.Popen(
             [
-                *(PROGRAM, "-machine", "s390-ccw-virtio", "-accel", accel, "-m", "64M", "-nodefaults"),
+                *(PROGRAM, "-machine", "s390-ccw-virtio", "-accel", accel, "-m", f"{memory_mib}M", "-nodefaults"),
                 *("-display", "none", "-qmp", f"unix:{path},server=on,wait=off", *(["-S"] if paused else [])),
                 *("-qmp", f"unix:{self.monitor},server=on,wait=off", *arguments),
             ],
@@ -87,7 +94,7 @@ class Qemu:
         path = self._directory / "keys"
         self.execute("dump-skeys", filename=str(path))
         lines = re.findall(r"page=([0-9a-f]+): key\((\d+)\)", path.read_text())
-        assert [int(page, 16) for page, _ in lines] == list(range(FRAMES))
+        assert [int(page, 16) for page, _ in lines] == list(range(self.frames))
         return bytes(int(key) for _, key in lines)
 
     def close(self) -> None:
