@@ -153,7 +153,7 @@ def test_memory_that_can_not_be_told_exactly_is_to_be_named(
     assert adopt(spec(monitor, SlotSpec(0, MIB, "vmm"))).vmm.memory_source == "named"
 
 
-@pytest.mark.parametrize("pid", [0, os.getpid()])
+@pytest.mark.parametrize("pid", [0, os.getpid()], ids=["of whoever listens", "named"])
 def test_a_monitor_that_tells_of_another_processs_cpus_is_not_taken(
     printer: Printer, monitor: FakeMonitor, monkeypatch: pytest.MonkeyPatch, pid: int
 ) -> None:
