@@ -57,7 +57,8 @@ class Adoption:
     @classmethod
     def from_message(cls, message: Fields) -> Self:
         """Read it. ProtocolError for anything that is none."""
-        name, qmp_socket = _name(message), message.text("qmp_socket")
+        # Who wrote it can be older than this.
+        name, qmp_socket = _name(message), message.text("qmp_socket") if message.has("qmp_socket") else ""
         if name and qmp_socket:
             raise ProtocolError("a VMM by its name and by its monitor")
         return cls(
@@ -67,7 +68,7 @@ class Adoption:
             message.integer("hold_ms", 1, HOLD_MAX_MS),
             name,
             qmp_socket,
-            message.choice("access", ("", *ACCESSES)),
+            message.choice("access", ("", *ACCESSES)) if message.has("access") else "",
         )
 
 

@@ -15,7 +15,7 @@ from skeyd.linux import wide_pipe
 from skeyd.qmp.errors import BusyError, QmpError, RefusedError
 from skeyd.qmp.monitor import Monitor
 from skeyd.worker.dump import DumpParser, Snapshot
-from skeyd.worker.packets import Fields
+from skeyd.worker.packets import Fields, ProtocolError
 
 END_SECONDS: Final = 10.0
 """How long a VMM may take to end a dump that nobody reads any more, and to forget what it was given."""
@@ -27,18 +27,18 @@ _FD_MAX: Final = (1 << 31) - 1
 _FDSET_MAX: Final = (1 << 63) - 1
 _FDSETS_MAX: Final = 1 << 16
 
-_NAME: Final = re.compile(r"skeyd-([0-9]{1,10})-([0-9]{1,20})-[0-9a-f]{16}")
-"""What a pipe's end is called in the VMM: by pid and start time of its worker, in clock ticks since boot."""
+_NAME: Final = re.compile(r"skeyd-([0-9]{1,20})-([0-9]{1,10})-([0-9]{1,20})-[0-9a-f]{16}")
+"""What a pipe's end is called in the VMM: by its worker's PID namespace, pid and start time in clock ticks."""
 
 
 class DumpPipe:
     """A pipe whose other end a VMM has as a descriptor of its own. QmpErrors, ProtocolError."""
 
     def __init__(self, monitor: Monitor) -> None:
-        _forget_those_of_the_dead(monitor)
-        self._read, write = wide_pipe(PIPE_BYTES)
+        _forget_stale_ones(monitor)
         pid = os.getpid()
-        self._name = f"skeyd-{pid}-{proc.start_time(pid)}-{os.urandom(8).hex()}"
+        self._name = f"skeyd-{_pid_namespace()}-{pid}-{proc.start_time(pid)}-{os.urandom(8).hex()}"
+        self._read, write = wide_pipe(PIPE_BYTES)
         try:
             told = Fields(monitor.execute("add-fd", {"opaque": self._name}, write), "add-fd")
             self.there = told.integer("fd", 0, _FD_MAX)
@@ -53,6 +53,10 @@ class DumpPipe:
     def is_in(self, monitor: Monitor) -> bool:
         """Whether the VMM has it still."""
         return any((name, fd) == (self._name, self.there) for name, _, fd in _given(monitor))
+
+    def forget(self, monitor: Monitor) -> None:
+        """Have the VMM close its end, and not use the pipe again."""
+        monitor.execute("remove-fd", {"fdset-id": self.fdset, "fd": self.there})
 
     def fileno(self) -> int:
         """Return the end that is read."""
@@ -79,25 +83,36 @@ def _given(monitor: Monitor) -> Iterator[tuple[str, int, int]]:
     sets = Fields({"return": monitor.execute("query-fdsets")}, "query-fdsets").objects("return", _FDSETS_MAX)
     for one in sets:
         for fd in one.objects("fds", _FDSETS_MAX):
-            if fd.has("opaque"):
-                yield fd.text("opaque"), one.integer("fdset-id", 0, _FDSET_MAX), fd.integer("fd", 0, _FD_MAX)
+            try:
+                name = fd.text("opaque", _NAME)
+            except ProtocolError:
+                continue  # another's
+            yield name, one.integer("fdset-id", 0, _FDSET_MAX), fd.integer("fd", 0, _FD_MAX)
 
 
-def _forget_those_of_the_dead(monitor: Monitor) -> None:
-    # A worker that is killed in the middle of a dump can't do it itself; and QEMU forgets what a client gave it only
-    # when nobody is connected to any of its monitors (monitor/fds.c, monitor_fdset_cleanup; seen with 7.2).
+def _forget_stale_ones(monitor: Monitor) -> None:
+    # A worker that is killed in the middle of a dump can't do it itself, nor can one whose VMM no longer answers; and
+    # QEMU forgets what a client gave it only when nobody is connected to any of its monitors (monitor/fds.c,
+    # monitor_fdset_cleanup; seen with 7.2). This process's own are stale too: it has one at a time, and none now.
     for name, fdset, fd in list(_given(monitor)):
         found = _NAME.fullmatch(name)
-        if found is not None and not _lives(int(found[1]), int(found[2])):
+        if found is not None and int(found[1]) == _pid_namespace() and not _is_used(int(found[2]), int(found[3])):
             with suppress(RefusedError):
                 monitor.execute("remove-fd", {"fdset-id": fdset, "fd": fd})
 
 
-def _lives(pid: int, start_time: int) -> bool:
+def _is_used(pid: int, start_time: int) -> bool:
     try:
-        return proc.start_time(pid) == start_time
+        return pid != os.getpid() and proc.start_time(pid) == start_time
     except (FileNotFoundError, ProcessLookupError):
         return False
+    except PermissionError:
+        return True  # nobody knows
+
+
+def _pid_namespace() -> int:
+    # What a pid means elsewhere can't be known.
+    return os.stat("/proc/self/ns/pid").st_ino  # noqa: PTH116  a worker has no pathlib loaded
 
 
 class DumpCapture:
@@ -166,6 +181,7 @@ class DumpCapture:
             self._monitor = monitor
             pipe = pipe_in(monitor)
             failure: Exception | None = None
+            is_lost = False
             try:
                 monitor.allow(seconds)
                 # By its path, which opens it anew. As /dev/fdset/N it would be cut, which no pipe can be
@@ -183,6 +199,7 @@ class DumpCapture:
             except (QmpError, SkeydError, OSError) as error:
                 failure = error
                 # It may be writing still.
+                is_lost = True
                 self._drop_pipe()
             except BaseException:
                 self._drop_pipe()
@@ -191,11 +208,23 @@ class DumpCapture:
                 monitor.allow(END_SECONDS)
                 yield from self._answered(monitor)
                 monitor.settle()
-                monitor.begin("remove-fd", {"fdset-id": pipe.fdset, "fd": pipe.there})
+                monitor.begin("query-status")
                 yield from self._answered(monitor)
-                monitor.answer()
-            except QmpError:
-                pass  # the keys are there all the same, and a VMM that runs closes it when the monitor hangs up
+                status = Fields(monitor.answer(), "query-status")
+                # While its guest is paused, QEMU up to 9.0 doesn't close what it is told to, and does when it runs
+                # (monitor/fds.c, monitor_fdset_cleanup; seen with 7.2). Used again meanwhile, the number could be a
+                # disk's in the middle of a dump. So it is left to be used again, or told of and never used again.
+                if status.boolean("running") or is_lost:
+                    if not is_lost:
+                        is_lost = True
+                        self._drop_pipe()
+                    monitor.begin("remove-fd", {"fdset-id": pipe.fdset, "fd": pipe.there})
+                    yield from self._answered(monitor)
+                    monitor.answer()
+            except (QmpError, ProtocolError):
+                # The keys are there all the same.
+                if not is_lost:
+                    self._drop_pipe()
             if failure is not None:
                 raise failure
 

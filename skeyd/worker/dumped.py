@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import re
 import select
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from typing import Final, NoReturn
 
 from skeyd.errors import Reason, SkeydError, read_only
 from skeyd.gfn import GfnRange, MemoryMap
-from skeyd.qmp.errors import QmpError
+from skeyd.qmp.errors import BusyError, QmpError
 from skeyd.qmp.monitor import Monitor
 from skeyd.storage_key import FRAME_SIZE, RESERVED
 from skeyd.worker import qmp_refusals
@@ -26,6 +27,9 @@ from skeyd.worker.slots import memory_map
 
 ONE_KEY_SECONDS: Final = 3.0
 """How long it may take to read one key, and to begin a dump; less than a front waits for a short answer."""
+
+BUSY_SECONDS: Final = 2.0
+"""For so long a monitor that had no greeting is not asked again."""
 
 DUMP_SECONDS: Final = 40.0
 """How long a dump may take of which somebody wants a slice at once."""
@@ -59,6 +63,7 @@ class DumpedVm:
             raise self._gone(adoption.pid) from error
         self._pid = adoption.pid
         self._pipe: DumpPipe | None = None
+        self._busy, self._busy_until = "", 0.0
         with ExitStack() as undo:
             undo.callback(self.close)
             self.vmm = Vmm.of(process, -1, memory_source, "qmp")
@@ -106,7 +111,11 @@ class DumpedVm:
         raise read_only(self._vm_id)
 
     def release(self) -> None:
-        """Leave nothing in the VMM, where there is nothing but what it keeps itself (docs/qmp.md)."""
+        """Have the VMM forget what it was given, if it answers; what else it keeps is its own doing (docs/qmp.md)."""
+        if self._pipe is not None:
+            with suppress(SkeydError), self._monitor(ONE_KEY_SECONDS) as monitor:
+                self._pipe.forget(monitor)
+            self._drop_pipe()
 
     def close(self) -> None:
         """Let the VMM go."""
@@ -119,7 +128,7 @@ class DumpedVm:
     def _monitor(self, seconds: float) -> Iterator[Monitor]:
         with qmp_refusals.told():
             try:
-                with Monitor(self._path, seconds) as monitor:
+                with self._connected(seconds) as monitor:
                     if monitor.peer.pid != self._pid and missing_threads(monitor, self._pid):
                         raise self._gone(self._pid, "another's monitor is at its QMP socket")
                     yield monitor
@@ -127,6 +136,16 @@ class DumpedVm:
                 if self._has_ended():
                     raise self._gone(self._pid) from error
                 raise
+
+    def _connected(self, seconds: float) -> Monitor:
+        # Who looks at a VM waits some seconds for its worker, and several may look: so not each waits for the monitor.
+        if time.monotonic() < self._busy_until:
+            raise BusyError(self._busy)
+        try:
+            return Monitor(self._path, seconds)
+        except BusyError as error:
+            self._busy, self._busy_until = str(error), time.monotonic() + BUSY_SECONDS
+            raise
 
     def _has_ended(self) -> bool:
         poll = select.poll()
@@ -149,8 +168,7 @@ class DumpedVm:
         raise SkeydError(Reason.QMP_FAILED, f"the VMM answers {line!r} with no key: {str(said)[:200]!r}")
 
     def _pipe_in(self, monitor: Monitor) -> DumpPipe:
-        # While its guest is paused, QEMU up to 9.0 keeps what it was given, whatever it is told (monitor/fds.c,
-        # monitor_fdset_cleanup; seen with 7.2). So a pipe that is there still is used again, and there is one at most.
+        # One that a paused guest's QEMU was left with is used again.
         if self._pipe is not None and not self._pipe.is_in(monitor):
             self._drop_pipe()
         if self._pipe is None:

@@ -103,7 +103,7 @@ class Freezing(Generic[_Owner]):
         self._running = _Running(owner, capture, keys, into)
 
     def begin_printing(self, owner: _Owner, print_keys: Callable[[], Printing]) -> None:
-        """Begin to capture all keys; those that the owner had are forgotten. TOO_MANY_CALLS_ON_VM, VM_BUSY; QMP's."""
+        """Begin to capture all keys; what the owner had is forgotten. TOO_MANY_CALLS_ON_VM, VM_BUSY; QMP's."""
         self.require_none()
         self.abandon(owner)
         if len(self._kept) >= MAX_PRINTINGS:
@@ -111,7 +111,10 @@ class Freezing(Generic[_Owner]):
                 Reason.TOO_MANY_CALLS_ON_VM,
                 f"{MAX_PRINTINGS} streams read this VM already, each a printing of its own",
             )
-        printing = print_keys()
+        try:
+            printing = print_keys()
+        except OSError as error:
+            raise exhausted(error) or SkeydError(Reason.HOST_EXHAUSTED, f"{error.strerror}") from error
         self._running = _Running(owner, printing, printing.keys)
 
     def step(self) -> tuple[_Owner, int | SkeydError] | None:

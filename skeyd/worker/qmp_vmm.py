@@ -1,8 +1,10 @@
 """What a VMM says of itself over QMP, and whether the monitor is its own.
 
 The kernel says who called listen on a monitor's socket last (SO_PEERCRED). A QEMU that gets a listening socket, as
-libvirt gives it one, calls listen again (seen with 7.2), so that it is QEMU then too. Whoever else listens there and
-hands on what it hears is found out: the CPU threads that the monitor names must be those of the process that is meant.
+libvirt gives it one, calls listen again (seen with 7.2), so that it is QEMU then too. Whoever else listens there is
+found out where no pid is named: the CPU threads that the monitor names must be those of the process that listens. Where
+a pid is, it may be anybody who knows that process's threads, which are public: who may write into the socket's folder
+must be trusted.
 """
 
 from __future__ import annotations
@@ -41,6 +43,8 @@ def process_of(monitor: Monitor, pid: int, start_time: int) -> tuple[int, int]:
         started = proc.start_time(wanted)
     except (FileNotFoundError, ProcessLookupError) as error:
         raise _not_found(wanted, f"there is no process {wanted}") from error
+    except PermissionError as error:
+        raise _not_found(wanted, f"process {wanted} can't be looked at") from error
     if start_time not in (0, started):
         raise _not_found(wanted, f"process {wanted} was started at {started}, and not at {start_time}")
     missing = missing_threads(monitor, wanted)

@@ -76,7 +76,6 @@ class Service:
     """Serves one VM's keys on a listening socket until it is told to end, by a shutdown request or by `stop`.
 
     A connection that breaks the protocol is closed; the others and the VM go on. With `release` the VM
-    A connection that breaks the protocol is closed; the others and the VM go on. With `release` the VM
     outlives this process, with the keys that it has then: so a shutdown request is refused with VM_BUSY while a call
     runs or is rolled back; it is called before one is obeyed, what it raises is the answer, and all goes on. And `stop`
     has what runs rolled back before `run` returns. `print_keys` begins to read all keys at once, in so many seconds at
@@ -163,6 +162,10 @@ class Service:
         # Never wait for a peer: answers are small, and one that doesn't take them is dropped.
         accepted.setblocking(False)
         connection = _Connection(accepted)
+        if len(self._connections) >= MAX_CONNECTIONS:
+            for one in list(self._waiting):
+                if one.connection.channel.is_ended():
+                    self._drop(one.connection)
         if len(self._connections) >= MAX_CONNECTIONS or peer_of(accepted).uid not in (0, os.geteuid()):
             connection.close()
             return
@@ -281,7 +284,12 @@ class Service:
             return False
         match request.text("op"):
             case "get":
-                return self._freezing.keys_of(connection) is None
+                if self._freezing.keys_of(connection) is not None:
+                    return False
+                if self._print_keys is not None:
+                    # It is one key that is asked for, by who doesn't wait for as long as all are printed.
+                    raise SkeydError(Reason.QMP_BUSY, "all keys of this VM are being printed for a stream")
+                return True
             case "keyop":
                 return request.choice("operation", KEYOPS) == "iske"
             case "snapshot":
@@ -352,7 +360,10 @@ class Service:
         for one in waiting:
             self._selector.register(one.connection.channel.connection, selectors.EVENT_READ, one.connection)
         for one in waiting:
-            self._handle(one)
+            if one.connection.channel.is_ended():
+                self._drop(one.connection)  # nobody looked meanwhile
+            else:
+                self._handle(one)
 
     def _set(self, connection: _Connection, request: Fields) -> dict[str, Any]:
         frames, view = self._slice(connection, request)

@@ -28,7 +28,10 @@ class Printer:
         self.commands: list[str] = []
         self.given = -1
         """What it was given and has not closed; -1: nothing."""
-        self.answers: dict[str, Any] = {"qmp_capabilities": {}}
+        self.answers: dict[str, Any] = {"qmp_capabilities": {}, "query-status": {"running": True}}
+        self.held: dict[int, str] = {}
+        """What others gave it, by what names."""
+        self._name = ""
         self.prints: Callable[[int], dict[str, Any]] = self.all_at_once
         self.goes_on = threading.Event()
         """Set where the second half may be printed."""
@@ -36,9 +39,9 @@ class Printer:
 
     def converse(self, one: Conversation) -> None:
         """Answer until the client hangs up."""
-        one.say(GREETING)
         # A client waits for each answer, so that what comes is one command, with its descriptors.
-        with suppress(ConnectionResetError):
+        with suppress(ConnectionResetError, BrokenPipeError):
+            one.say(GREETING)
             while True:
                 data, fds, *_ = socket.recv_fds(one.connection, 1 << 16, 1)
                 if not data:
@@ -46,8 +49,7 @@ class Printer:
                 command = json.loads(data)
                 self.commands.append(command["execute"])
                 answer = self._answer(command["execute"], command.get("arguments"), fds)
-                with suppress(BrokenPipeError):
-                    one.say({**answer, "id": command["id"]})
+                one.say({**answer, "id": command["id"]})
 
     def all_at_once(self, write: int) -> dict[str, Any]:
         """Print as QEMU does."""
@@ -71,13 +73,19 @@ class Printer:
         match command:
             case "add-fd":
                 (self.given,) = fds
+                self._name = arguments["opaque"]
                 return {"return": {"fdset-id": 3, "fd": self.given}}
+            case "remove-fd" if arguments["fd"] in self.held:
+                del self.held[arguments["fd"]]
+                return {"return": {}}
             case "remove-fd":
                 assert arguments == {"fdset-id": 3, "fd": self.given}
                 self.let_go()
                 return {"return": {}}
             case "query-fdsets":
-                return {"return": []}
+                held = self.held | ({self.given: self._name} if self.given >= 0 else {})
+                named = [{"fd": fd, "opaque": name} for fd, name in held.items()]
+                return {"return": [{"fdset-id": 3, "fds": named}, {"fdset-id": 4, "fds": [{"fd": 99}]}]}
             case "dump-skeys":
                 assert arguments == {"filename": f"/proc/self/fd/{self.given}"}
                 # QEMU opens it anew.

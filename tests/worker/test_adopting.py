@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,9 +13,10 @@ from typing import Any, Final
 import pytest
 
 from skeyd.errors import Reason, SkeydError
-from skeyd.worker import adopting
+from skeyd.worker import adopting, dumped
 from skeyd.worker.adopting import adopt
 from skeyd.worker.adoption import Adoption, Vmm
+from skeyd.worker.dumped import DumpedVm
 from skeyd.worker.protocol import SlotSpec, Spec
 from tests.qmp.monitors import FakeMonitor
 from tests.qmp.printer import Printer
@@ -131,6 +133,32 @@ def test_a_guest_without_kvm_is_not_injected(
     vm = adopt(spec(monitor, access="qmp"))
     vm.close()
     assert vm.kernel == "QEMU 9.2.1, without KVM"
+
+
+def test_a_monitor_that_another_has_is_not_waited_for_again_and_again(
+    monitor: FakeMonitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = adopt(spec(monitor, access="qmp"))
+    assert isinstance(vm, DumpedVm)
+    monkeypatch.setattr(dumped, "ONE_KEY_SECONDS", 0.2)
+    one = memoryview(bytearray(1))
+    try:
+        with socket.socket(socket.AF_UNIX) as another:
+            another.connect(monitor.path)
+            assert another.recv(10).startswith(b'{"QMP"')
+            with pytest.raises(SkeydError, match="no greeting"):
+                vm.get_skeys(0, one)
+            clients = monitor.clients
+            for _ in range(3):
+                with pytest.raises(SkeydError, match="no greeting") as caught:
+                    vm.get_skeys(0, one)
+                assert caught.value.reason is Reason.QMP_BUSY
+            monkeypatch.setattr(dumped, "Monitor", None)  # nobody connects
+            with pytest.raises(SkeydError, match="no greeting"):
+                vm.get_skeys(0, one)
+            assert monitor.clients == clients
+    finally:
+        vm.close()
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import pytest
 
 from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange
+from skeyd.injection import proc
 from skeyd.qmp.errors import BrokenError, BusyError, QmpError, RefusedError
 from skeyd.qmp.monitor import Monitor
 from skeyd.worker import dump_capture
@@ -86,8 +87,37 @@ def test_all_keys_are_there_at_its_end_and_the_vmm_has_nothing_left(runtime_dir:
         into = bytearray(FRAMES)
         capture.keys.read(GfnRange(0, FRAMES), memoryview(into))
         assert bytes(into) == KEYS
-        assert vmm.commands == ["qmp_capabilities", "query-fdsets", "add-fd", "dump-skeys", "remove-fd"]
-        assert (vmm.given, reader.dropped) == (-1, 0)
+        assert vmm.commands == [
+            *("qmp_capabilities", "query-fdsets", "add-fd", "dump-skeys", "query-status", "remove-fd")
+        ]
+        assert (vmm.given, reader.pipe) == (-1, None)
+
+
+def test_a_pipe_that_a_paused_guests_vmm_has_is_used_again(runtime_dir: Path) -> None:
+    with printed(runtime_dir) as (vmm, reader):
+        vmm.answers["query-status"] = {"running": False}
+        for _ in range(3):
+            reader.parser = DumpParser(memory((0, FRAMES)))
+            assert end_of(reader.begin()) == 0
+        assert (vmm.commands.count("add-fd"), vmm.commands.count("remove-fd"), reader.dropped) == (1, 0, 0)
+
+
+def test_what_the_dead_and_this_process_could_not_take_back_is_forgotten_and_nobody_elses(runtime_dir: Path) -> None:
+    here = Path("/proc/self/ns/pid").stat().st_ino
+    parent = os.getppid()
+    names = {
+        10: f"skeyd-{here}-{os.getpid()}-1-{16 * 'a'}",
+        11: f"skeyd-{here}-{parent}-{proc.start_time(parent)}-{16 * 'a'}",
+        12: f"skeyd-{here}-{parent}-{proc.start_time(parent) + 1}-{16 * 'a'}",
+        13: f"skeyd-{here}-4194305-1-{16 * 'a'}",
+        14: f"skeyd-{here + 1}-4194305-1-{16 * 'a'}",
+        15: "a disk",
+        16: "x" * 2000,
+    }
+    with printed(runtime_dir) as (vmm, reader):
+        vmm.held = {**names}
+        assert end_of(reader.begin()) == 0
+        assert set(vmm.held) == {11, 14, 15, 16}
 
 
 def test_no_step_waits_for_a_vmm_that_prints_slowly(runtime_dir: Path) -> None:
@@ -161,12 +191,13 @@ def test_a_refusal_is_told_and_the_pipe_used_again(runtime_dir: Path) -> None:
 
     with printed(runtime_dir) as (vmm, reader):
         vmm.prints = refuse
+        vmm.answers["query-status"] = {"running": False}
         with pytest.raises(RefusedError, match="Get keys error 14"):
             end_of(reader.begin())
-        assert reader.dropped == 0
+        # While its guest is paused it is told to forget nothing: it would do so later, at any time.
+        assert (reader.dropped, vmm.commands[-1]) == (0, "query-status")
         assert reader.pipe is not None
-        assert reader.pipe.read() == b""  # nothing is left in it; and nobody has it any more
-        assert vmm.commands[-1] == "remove-fd"
+        assert reader.pipe.read() is None  # nothing is left in it
 
 
 @pytest.mark.parametrize(
@@ -243,7 +274,7 @@ def test_one_that_nobody_waits_for_goes_on_to_the_end(runtime_dir: Path) -> None
         capture.cancel()
         vmm.goes_on.set()
         assert end_of(capture) == 0
-        assert (vmm.commands[-1], vmm.given, reader.dropped) == ("remove-fd", -1, 0)
+        assert (vmm.commands[-1], vmm.given, reader.pipe) == ("remove-fd", -1, None)
 
 
 def test_one_that_is_closed_in_the_middle_hangs_up(runtime_dir: Path) -> None:

@@ -109,8 +109,8 @@ BAD: dict[str, dict[tuple[str | int, ...], list[Any]]] = {
         ("adoption", "fd"): [*NO_INTEGER, -2, 1 << 31],
         ("adoption", "hold_ms"): [*NO_INTEGER, -1, 0, 10_001],
         ("adoption", "name"): BAD_NAME,
-        ("adoption", "qmp_socket"): [*NO_TEXT, LONG],
-        ("adoption", "access"): [*NO_TEXT, "QMP", "ptrace", "qmp\n"],
+        ("adoption", "qmp_socket"): [*NO_TEXT[1:], LONG],
+        ("adoption", "access"): [*NO_TEXT[1:], "QMP", "ptrace", "qmp\n"],
         ("vmm",): NO_OBJECT[1:],
         **BAD_VMM,
         ("slots",): [*NO_LIST, *([one] for one in NO_OBJECT)],
@@ -199,7 +199,14 @@ def _holder(message: dict[str, Any], place: tuple[str | int, ...]) -> Any:
 
 
 MAY_BE_MISSING: dict[str, tuple[tuple[str | int, ...], ...]] = {
-    "spec": (("adoption", "name"), ("vmm", "name"), ("vmm", "access"), ("vmm",)),
+    "spec": (
+        ("adoption", "name"),
+        ("adoption", "qmp_socket"),
+        ("adoption", "access"),
+        ("vmm", "name"),
+        ("vmm", "access"),
+        ("vmm",),
+    ),
     "hello": (("vmm", "name"), ("vmm", "access"), ("freezes",)),
     "found": (("candidates", 1, "name"),),
 }
