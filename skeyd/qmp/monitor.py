@@ -16,7 +16,6 @@ from skeyd.qmp.errors import BrokenError, BusyError, QmpError, RefusedError, Unr
 from skeyd.qmp.words import LINE_MAX, error_of, is_event, object_of, shown, version_of
 
 _PART: Final = 64 * 1024
-_PARTS_AT_ONCE: Final = 16
 
 
 class Monitor:
@@ -94,15 +93,12 @@ class Monitor:
     def is_answered(self) -> bool:
         """Whether `answer` has something to tell without waiting."""
         self._socket.settimeout(0)
-        parts = 0
-        while not self._has_looked():
-            if not self.seconds_left():
-                raise self._late(f"no answer to {self._command}")
-            # A monitor may send events without end: then it is asked again, and others are served before.
-            if parts == _PARTS_AT_ONCE or not self._receive():
-                return False
-            parts += 1
-        return True
+        if self._has_looked():
+            return True
+        if not self.seconds_left():
+            raise self._late(f"no answer to {self._command}")
+        # No more than a part: a monitor may send events without end, and others are served before the next look.
+        return self._receive() and self._has_looked()
 
     def answer(self) -> Any:
         """Return the answer of the command that was begun, as execute."""
