@@ -165,7 +165,9 @@ class DumpedVm:
             if _NO_MEMORY in said:
                 where = {"gfn": hex(gfn), "count": "1"}
                 raise SkeydError(Reason.GFN_NOT_MAPPED, f"the VMM has no memory at gfn {gfn:#x}", where)
-        raise SkeydError(Reason.QMP_FAILED, f"the VMM answers {line!r} with no key: {str(said)[:200]!r}")
+        # Not what may be nested without end.
+        found_instead = said[:200] if isinstance(said, str) else type(said).__name__
+        raise SkeydError(Reason.QMP_FAILED, f"the VMM answers {line!r} with no key: {found_instead!r}")
 
     def _pipe_in(self, monitor: Monitor) -> DumpPipe:
         # One that a paused guest's QEMU was left with is used again.

@@ -182,7 +182,8 @@ def answering(*messages: Any) -> Callable[[Conversation], None]:
         ([b'{"return": NaN, "id": 2}\n'], "NaN is no JSON"),
         ([b'{"return": ' + b"9" * 5000 + b', "id": 2}\n'], "no JSON"),
         ([b"[" * 100_000 + b"\n"], "no JSON"),
-        ([b'{"a":' * 30_000 + b"1" + b"}" * 30_000 + b"\n"], "no JSON"),
+        # Too deep for a parser before Python 3.14, and no answer for a later one.
+        ([b'{"a":' * 30_000 + b"1" + b"}" * 30_000 + b"\n"], ""),
         ([b"[]\n"], "no JSON object"),
         ([b'"return"\n'], "no JSON object"),
         ([{}], "nothing that was asked"),
