@@ -118,8 +118,8 @@ def _pid_namespace() -> int:
 class DumpCapture:
     """A Printing. What it takes is a monitor that is connected to, and a pipe in its VMM, by two functions.
 
-    `drop_pipe` is called where the pipe can't be used again. SkeydErrors and QmpErrors as `connect` has them: from the
-    constructor, which begins the dump, and from `step`.
+    `drop_pipe` is called where the pipe can't be used again, and may be more than once. SkeydErrors and QmpErrors as
+    `connect` has them: from the constructor, which begins the dump, and from `step`.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class DumpCapture:
         return None
 
     def cancel(self) -> None:
-        """Go on to the end all the same: a VMM is not hurried by a reader that is gone, and the pipe is used again."""
+        """Go on to the end all the same: a VMM is not hurried by a reader that is gone."""
 
     def close(self) -> None:
         """Hang up, in the middle of a dump too."""
@@ -215,16 +215,13 @@ class DumpCapture:
                 # (monitor/fds.c, monitor_fdset_cleanup; seen with 7.2). Used again meanwhile, the number could be a
                 # disk's in the middle of a dump. So it is left to be used again, or told of and never used again.
                 if status.boolean("running") or is_lost:
-                    if not is_lost:
-                        is_lost = True
-                        self._drop_pipe()
+                    self._drop_pipe()
                     monitor.begin("remove-fd", {"fdset-id": pipe.fdset, "fd": pipe.there})
                     yield from self._answered(monitor)
                     monitor.answer()
             except (QmpError, ProtocolError):
                 # The keys are there all the same.
-                if not is_lost:
-                    self._drop_pipe()
+                self._drop_pipe()
             if failure is not None:
                 raise failure
 

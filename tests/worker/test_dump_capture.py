@@ -47,7 +47,7 @@ class Reader:
         return self.pipe
 
     def drop(self) -> None:
-        self.dropped += 1
+        self.dropped += self.pipe is not None
         self.close()
 
     def close(self) -> None:
