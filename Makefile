@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 UNIT_SUITE := tests/emulated/test_unit_suite.py
 INJECTION := tests/emulated/test_injection.py
+ADOPTION := tests/emulated/test_adoption.py
 
 # grpcio-tools 1.62.3 has wheels for Python 3.11 and 3.12 only, and can't share an environment with protobuf >= 5.
 PROTO_PYTHON ?= $(firstword $(foreach python,python3.12 python3.11 python3,\
@@ -47,9 +48,9 @@ test: lint proto-check ## Everything that checks the project
 	$(BIN)/pytest -m "not emulated" --ignore=tests/injection && wait $$prepare
 	# By itself: it forks, which a process must not that has gRPC's threads, nor are their descriptors its own.
 	$(BIN)/pytest tests/injection
-	$(BIN)/pytest -m emulated --ignore=$(UNIT_SUITE) --ignore=$(INJECTION)
-	# By itself: the hosts that the others share take two gigabytes each, and CPU, for as long as they are up.
-	$(BIN)/pytest $(UNIT_SUITE)
+	$(BIN)/pytest -m emulated $(addprefix --ignore=,$(UNIT_SUITE) $(ADOPTION) $(INJECTION))
+	# By themselves: the hosts that the others share take two gigabytes each, and CPU, for as long as they are up.
+	$(BIN)/pytest $(ADOPTION) $(UNIT_SUITE)
 
 # What promises real kernels fails where there is none, and doesn't skip.
 test-kernels test-big-endian test-injection: export SKEYD_REQUIRE_EMULATED := 1

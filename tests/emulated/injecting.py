@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
+
+import pytest
 
 from tests.emulated import unit_suite
 from tests.emulated.compiler import compiled
@@ -23,22 +26,26 @@ def passes_on(suite: str, tests: list[str], counts: Mapping[str, str], seconds: 
     with EmulatedHost(require_image(suite), cpus=unit_suite.CPUS, append=unit_suite.APPEND) as host:
         unit_suite.install(host)
         host.put(INSIDE, compiled(VICTIM, "-pthread", "-std=gnu11"), 0o755)
-        done = host.run(
-            [
-                *("python3", "-m", "pytest", *tests, "-v", "--tb=short", "--durations=0"),
-                *("-p", "no:cacheprovider", "-o", f"timeout={seconds}"),
-                *(f"-W{warning}" for warning in unit_suite.THEIR_WARNINGS),
-            ],
-            timeout=seconds,
-            env={
-                "PYTHONPATH": unit_suite.INSIDE,
-                "SKEYD_VICTIM": INSIDE,
-                "SKEYD_REQUIRE_INJECTION": "1",
-                **counts,
-            },
-            cwd=unit_suite.INSIDE,
-            check=False,
-        )
+        try:
+            done = host.run(
+                [
+                    *("python3", "-m", "pytest", *tests, "-v", "--tb=short", "--durations=0"),
+                    *("-p", "no:cacheprovider", "-o", f"timeout={seconds}"),
+                    *(f"-W{warning}" for warning in unit_suite.THEIR_WARNINGS),
+                ],
+                timeout=seconds,
+                env={
+                    "PYTHONPATH": unit_suite.INSIDE,
+                    "SKEYD_VICTIM": INSIDE,
+                    "SKEYD_REQUIRE_INJECTION": "1",
+                    **counts,
+                },
+                cwd=unit_suite.INSIDE,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            # Which test it was in is all there is to go by.
+            pytest.fail(f"{error}\n{(error.stdout or b'').decode(errors='replace')}", pytrace=False)
     said = done.stdout.decode(errors="replace")
     assert done.returncode == 0, said + done.stderr.decode(errors="replace")
     return said
