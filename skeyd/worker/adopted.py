@@ -16,8 +16,8 @@ from skeyd.kvm import abi
 from skeyd.kvm.errors import KvmError
 from skeyd.worker import refusals, vmm_memory, vmm_refusals
 from skeyd.worker.adoption import Adoption, Vmm, VmmProcess
-from skeyd.worker.captures import keyless
 from skeyd.worker.held_capture import HeldCapture
+from skeyd.worker.own_capture import keyless
 from skeyd.worker.packets import printable
 from skeyd.worker.protocol import SLICE_KEYS, Spec, is_skeyd_worker
 from skeyd.worker.slots import memory_map

@@ -1,120 +1,168 @@
-"""Keys of one moment: where they are kept until they are sent, and how those are read that only skeyd changes."""
+"""One capture at a time, and what it read, which is its owner's until that hangs up.
+
+What is captured is frozen keys, of one moment, or all keys as a VMM has printed them.
+"""
 
 from __future__ import annotations
 
-import mmap
-import time
-from bisect import bisect_right
-from collections.abc import Sequence
-from itertools import accumulate
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Generic, TypeVar
 
-from skeyd.errors import Reason, SkeydError
-from skeyd.gfn import GfnRange, Ranges
-from skeyd.kvm.errors import KvmError
-from skeyd.kvm.slices import FIRST_KEYS, next_keys
-from skeyd.worker import refusals
+from skeyd.errors import Reason, SkeydError, exhausted
+from skeyd.gfn import Ranges
+from skeyd.worker.backend import Backend, Capture, KeptKeys, Printing
+from skeyd.worker.own_capture import FrozenKeys
 from skeyd.worker.packets import ProtocolError
-from skeyd.worker.protocol import SLICE_KEYS
+from skeyd.worker.protocol import FROZEN_KEYS
+from skeyd.worker.traceback_log import log_traceback
+
+MAX_PRINTINGS: Final = 4
+"""Owners that have one kept at once; each costs a byte a key of the guest at worst."""
+
+_Owner = TypeVar("_Owner")
 
 
-class FrozenKeys:
-    """Room for the keys of ranges, in memory that forked processes share. OSError where there is none."""
-
-    def __init__(self, frames: Ranges) -> None:
-        self.frames = frames
-        self.memory = mmap.mmap(-1, frames.frames())
-        self._starts = [one.start for one in frames]
-        self._places = [0, *accumulate(one.count for one in frames)]
-
-    @property
-    def room(self) -> int:
-        """Bytes of memory that they take."""
-        return len(self.memory)
-
-    def read(self, wanted: GfnRange, into: memoryview) -> None:
-        """Fill `into` with the keys of frames that lie in one of the ranges. ProtocolError."""
-        index = bisect_right(self._starts, wanted.start) - 1
-        if index < 0 or wanted.end > self.frames[index].end:
-            raise ProtocolError(f"the keys of {wanted} were not asked for when the VM was frozen")
-        at = self._places[index] + wanted.start - self._starts[index]
-        with memoryview(self.memory) as whole:
-            into[:] = whole[at : at + wanted.count]
-
-    def close(self) -> None:
-        """Give the memory back."""
-        self.memory.close()
+@dataclass(slots=True)
+class _Running(Generic[_Owner]):
+    # A capture; `owner` is None where nobody waits for it any more.
+    owner: _Owner | None
+    capture: Capture
+    keys: KeptKeys
+    into: memoryview | None = None
+    """Where the capture writes them, if it doesn't make them itself."""
 
 
-class _Readable(Protocol):
-    def get_skeys(self, start_gfn: int, buffer: memoryview) -> bool:
-        """As the ioctl."""
+class Captures(Generic[_Owner]):
+    """The captures of one VM, by their owners, which are connections.
 
-
-class OwnCapture:
-    """A Capture of a VM whose keys nobody but this process changes: it is enough that nobody is let.
-
-    Nothing is held: no thread runs a guest here, and requests that set keys are refused meanwhile. Each step is one
-    ioctl, so that others who read wait for no more than that.
+    All frozen keys that are kept for them together are bounded by FROZEN_KEYS. Synchronization: none; one thread owns
+    it.
     """
 
-    def __init__(
-        self, vm: _Readable, frames: Sequence[GfnRange], into: memoryview, seconds: float, slice_seconds: float
-    ) -> None:
-        self._vm = vm
-        self._todo = list(reversed(frames))
-        self._into = into
-        self._seconds = seconds
-        self._end = time.monotonic() + seconds
-        self._slice_seconds = slice_seconds
-        self._done = 0
-        self._keys = FIRST_KEYS
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._running: _Running[_Owner] | None = None
+        self._kept: dict[_Owner, KeptKeys] = {}
+
+    def is_running(self) -> bool:
+        """Whether `step` has something to do, now or when the descriptor is readable."""
+        return self._running is not None
 
     def fileno(self) -> int | None:
-        """Return nothing: each step reads."""
-        return None
+        """Return the descriptor of the capture that runs, while which nobody else may ask the VM; None: anybody may."""
+        return None if self._running is None else self._running.capture.fileno()
 
-    def seconds_left(self) -> None:
-        """Return nothing, likewise."""
+    def seconds_left(self) -> float | None:
+        """Return after how long `step` is to be called though the descriptor isn't readable; None: never."""
+        return None if self._running is None else self._running.capture.seconds_left()
 
-    def step(self) -> int | None:
-        """Read a slice."""
-        began = time.monotonic()
-        if began >= self._end:
-            raise expired(self._seconds, "not all keys were read by then")
-        frames = self._todo.pop()
-        count = min(self._keys, frames.count, SLICE_KEYS)
-        part = GfnRange(frames.start, count)
-        with self._into[self._done : self._done + count] as view:
+    def require_none(self) -> None:
+        """VM_BUSY while a capture runs: nobody may set a key, or begin another."""
+        if self._running is not None:
+            raise SkeydError(Reason.VM_BUSY, "all keys of this VM are being read for another call")
+
+    def runs_for(self, owner: _Owner) -> bool:
+        """Whether the capture that runs is this owner's, who waits for its end and may say nothing."""
+        return self._running is not None and self._running.owner is owner
+
+    def keys_of(self, owner: _Owner) -> KeptKeys | None:
+        """Return what was captured for an owner."""
+        return self._kept.get(owner)
+
+    def begin(self, owner: _Owner, frames: Ranges, seconds: float, slice_seconds: float) -> None:
+        """Begin to capture the keys of frames in memory slots; `step` tells of the end.
+
+        SkeydError VM_BUSY; REQUEST_INVALID: they are too many. OUT_OF_MEMORY, HOST_EXHAUSTED. ProtocolError the
+        second time.
+        """
+        self.require_none()
+        if owner in self._kept:
+            raise ProtocolError("frozen twice")
+        count = frames.frames()
+        if count > FROZEN_KEYS:
+            raise SkeydError(
+                Reason.REQUEST_INVALID,
+                f"{count} keys are more than those of a moment may be, {FROZEN_KEYS}; ask for ranges in several calls",
+            )
+        if sum(keys.room for keys in self._kept.values()) + count > FROZEN_KEYS:
+            raise SkeydError(
+                Reason.VM_BUSY, "what was read of this VM at other moments takes its room until it has been sent"
+            )
+        try:
+            keys = FrozenKeys(frames)
+            into = memoryview(keys.memory)
             try:
-                if not self._vm.get_skeys(part.start, view):
-                    raise keyless(part)
-            except KvmError as error:
-                raise refusals.of_key_call(error, part) from error
-        self._keys = next_keys(count, time.monotonic() - began, self._slice_seconds)
-        self._done += count
-        if count < frames.count:
-            self._todo.append(GfnRange(part.end, frames.count - count))
-        return None if self._todo else 0
+                capture = self._backend.capture(tuple(frames), into, seconds, slice_seconds)
+            except BaseException:
+                into.release()
+                keys.close()
+                raise
+        except OSError as error:
+            raise exhausted(error) or SkeydError(Reason.HOST_EXHAUSTED, f"{error.strerror}") from error
+        self._running = _Running(owner, capture, keys, into)
 
-    def cancel(self) -> None:
-        """Read no more."""
-        self._todo.clear()
+    def begin_printing(self, owner: _Owner, print_keys: Callable[[], Printing]) -> None:
+        """Begin to capture all keys; what the owner had is forgotten. TOO_MANY_CALLS_ON_VM, VM_BUSY; QMP's."""
+        self.require_none()
+        self.abandon(owner)
+        if len(self._kept) >= MAX_PRINTINGS:
+            raise SkeydError(
+                Reason.TOO_MANY_CALLS_ON_VM,
+                f"{MAX_PRINTINGS} streams read this VM already, each a printing of its own",
+            )
+        try:
+            printing = print_keys()
+        except OSError as error:
+            raise exhausted(error) or SkeydError(Reason.HOST_EXHAUSTED, f"{error.strerror}") from error
+        self._running = _Running(owner, printing, printing.keys)
+
+    def step(self) -> tuple[_Owner, int | SkeydError] | None:
+        """Go on with the capture. At its end the owner, and for how many nanoseconds its VMM stood still or the error.
+
+        None: it isn't at its end, or nobody waits for that.
+        """
+        running = self._running
+        if running is None:
+            return None
+        told: int | SkeydError
+        try:
+            held = running.capture.step()
+            if held is None:
+                return None
+            told = held
+        except SkeydError as error:
+            told = error
+        except Exception as error:
+            log_traceback()
+            told = SkeydError(Reason.WORKER_FAILED, f"the worker failed: {type(error).__name__}")
+        self._end(running, keep=isinstance(told, int))
+        return None if running.owner is None else (running.owner, told)
+
+    def abandon(self, owner: _Owner) -> None:
+        """End an owner's capture, and forget what was read for it."""
+        keys = self._kept.pop(owner, None)
+        if keys is not None:
+            keys.close()
+        running = self._running
+        if running is not None and running.owner is owner:
+            running.owner = None
+            running.capture.cancel()
+            if running.capture.fileno() is None:
+                self._end(running, keep=False)
 
     def close(self) -> None:
-        """Do nothing: it reads in `step` only."""
+        """End what runs, and wait for its end. Who owns it is told nothing."""
+        running = self._running
+        if running is not None:
+            running.capture.close()
+            self._end(running, keep=False)
 
-
-def expired(seconds: float, what: str) -> SkeydError:
-    """Say that a budget has passed."""
-    budget = f"{seconds:g}"
-    return SkeydError(
-        Reason.FREEZE_EXPIRED,
-        f"the freeze_budget of {budget} s has passed: {what}; nothing is held any more",
-        {"freeze_budget": f"{budget}s"},
-    )
-
-
-def keyless(frames: GfnRange) -> SkeydError:
-    """Say what no kernel says."""
-    return SkeydError(Reason.KERNEL_REFUSED, f"the guest used storage keys, and at {frames} it is said to use none")
+    def _end(self, running: _Running[_Owner], keep: bool) -> None:
+        self._running = None
+        if running.into is not None:
+            running.into.release()
+        if keep and running.owner is not None:
+            self._kept[running.owner] = running.keys
+        else:
+            running.keys.close()

@@ -19,7 +19,7 @@ from typing import Final, NoReturn
 from skeyd.errors import Reason, SkeydError
 from skeyd.injection.errors import TimedOutError
 from skeyd.injection.expiry import end_at, end_with_parent
-from skeyd.worker.captures import expired
+from skeyd.worker.own_capture import expired
 from skeyd.worker.packets import MESSAGE_MAX, decode, error_message, take_answer
 from skeyd.worker.protocol import NANOSECONDS_MAX
 from skeyd.worker.traceback_log import log_traceback

@@ -12,7 +12,7 @@ from skeyd.kvm.errors import KvmError
 from skeyd.kvm.memory import GuestMemory
 from skeyd.kvm.system import Kvm
 from skeyd.worker import refusals
-from skeyd.worker.captures import OwnCapture
+from skeyd.worker.own_capture import OwnCapture
 from skeyd.worker.page_tables import PageTables
 from skeyd.worker.protocol import SlotSpec, Spec
 from skeyd.worker.slots import check_slots, memory_map

@@ -2,46 +2,32 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import selectors
 import socket
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, Protocol
 
 from skeyd.errors import Reason, SkeydError, read_only
-from skeyd.gfn import GfnRange, Ranges
-from skeyd.linux import peer_of, sealed_memfd
+from skeyd.linux import peer_of
 from skeyd.storage_key import GFN_LIMIT
 from skeyd.worker.backend import Backend, Printing
-from skeyd.worker.channel import Channel, close_all
-from skeyd.worker.freezing import Freezing
+from skeyd.worker.capture_requests import Asked, CaptureRequests
+from skeyd.worker.captures import Captures
+from skeyd.worker.channel import close_all
+from skeyd.worker.front_connection import FrontConnection
 from skeyd.worker.keyops import KeyOps
 from skeyd.worker.keys import Keys
 from skeyd.worker.outcomes import CRC_MAX, FINGERPRINT, REQUEST_ID, Begun, LastWrite
 from skeyd.worker.packets import Fields, ProtocolError, error_message
-from skeyd.worker.protocol import (
-    BUFFER_BYTES,
-    BUFFER_KEYS,
-    BUFFERS,
-    FREEZE_MAX_NS,
-    KEYOPS,
-    NANOSECONDS_MAX,
-    RANGE,
-    SLICE_KEYS,
-    Hello,
-)
+from skeyd.worker.protocol import KEYOPS, Hello
 from skeyd.worker.traceback_log import log_traceback
 from skeyd.worker.transactions import Call, Transactions
 
 MAX_CONNECTIONS: Final = 128
-"""Connections at once; one more is closed unanswered. Each costs BUFFER_BYTES at most."""
-
-PRINTING_SECONDS: Final = 40.0
-"""How long a "snapshot" may take, waiting for others' included: less than a front waits for its answer, with what it
-may take to end (skeyd.worker.dump_capture)."""
+"""Connections at once; one more is closed unanswered. Each costs protocol.BUFFER_BYTES at most."""
 
 _SETTING: Final = ("set", "begin", "keyop")
 """Ops that set keys, or are about to."""
@@ -52,24 +38,6 @@ class HasFileno(Protocol):
 
     def fileno(self) -> int:
         """Return the descriptor."""
-
-
-class _Connection:
-    def __init__(self, connection: socket.socket) -> None:
-        self.channel = Channel(connection)
-        self.buffers: mmap.mmap | None = None
-
-    def close(self) -> None:
-        self.channel.close()
-        if self.buffers is not None:
-            self.buffers.close()
-
-
-class _Waiting(NamedTuple):
-    # What a connection asks for, and since when.
-    connection: _Connection
-    request: Fields
-    since: float
 
 
 class Service:
@@ -94,15 +62,15 @@ class Service:
         self._listener = listener
         self._hello = hello
         self._release = release
-        self._print_keys = print_keys
+        self._is_read_only = print_keys is not None
         self._keys = Keys(backend)
         self._keyops = KeyOps(backend, self._keys)
         self._transactions = Transactions(self._keys, open_journal)
-        self._freezing: Freezing[_Connection] = Freezing(backend)
-        self._memory_map = backend.memory_map
-        self._waiting: list[_Waiting] = []
-        """Connections that are looked at no more until a capture has ended."""
-        self._connections: set[_Connection] = set()
+        self._captures: Captures[FrontConnection] = Captures(backend)
+        self._capture_requests = CaptureRequests(
+            self._captures, self._keys, backend.memory_map, self._transactions, print_keys
+        )
+        self._connections: set[FrontConnection] = set()
         self._selector = selectors.DefaultSelector()
         self._running = True
         self._stopping = False
@@ -121,9 +89,9 @@ class Service:
                 for key, _ in self._selector.select(self._seconds_left()):
                     if key.data is None:
                         self._accept()
-                    elif isinstance(key.data, _Connection):
+                    elif isinstance(key.data, FrontConnection):
                         self._serve(key.data)
-                    elif key.data is not self._freezing:
+                    elif key.data is not self._captures:
                         key.data()
                 self._roll_back()
                 self._capture()
@@ -132,7 +100,7 @@ class Service:
         finally:
             for connection in list(self._connections):
                 self._drop(connection)
-            self._freezing.close()
+            self._captures.close()
             self._selector.close()
 
     def _end(self) -> None:
@@ -150,9 +118,9 @@ class Service:
 
     def _seconds_left(self) -> float | None:
         # Until there is something to do though nobody asks.
-        if self._transactions.rolling_back or (self._freezing.is_running() and self._freezing.fileno() is None):
+        if self._transactions.rolling_back or (self._captures.is_running() and self._captures.fileno() is None):
             return 0
-        return self._freezing.seconds_left()
+        return self._captures.seconds_left()
 
     def _accept(self) -> None:
         try:
@@ -161,11 +129,11 @@ class Service:
             return  # gone before it was met
         # Never wait for a peer: answers are small, and one that doesn't take them is dropped.
         accepted.setblocking(False)
-        connection = _Connection(accepted)
+        connection = FrontConnection(accepted)
         if len(self._connections) >= MAX_CONNECTIONS:
-            for one in list(self._waiting):
-                if one.connection.channel.is_ended():
-                    self._drop(one.connection)
+            for one in self._capture_requests.waiting():
+                if one.channel.is_ended():
+                    self._drop(one)
         if len(self._connections) >= MAX_CONNECTIONS or peer_of(accepted).uid not in (0, os.geteuid()):
             connection.close()
             return
@@ -173,7 +141,7 @@ class Service:
         self._selector.register(accepted, selectors.EVENT_READ, connection)
         self._send(connection, self._hello.to_message())
 
-    def _serve(self, connection: _Connection) -> None:
+    def _serve(self, connection: FrontConnection) -> None:
         try:
             received = connection.channel.receive("request")
         except BlockingIOError:
@@ -190,16 +158,19 @@ class Service:
             # Who asked has given up, and has told its client so: nothing may be changed for it any more.
             self._drop(connection)
             return
-        self._handle(_Waiting(connection, request, time.monotonic()))
+        self._handle(Asked(connection, request, time.monotonic()))
 
-    def _handle(self, asked: _Waiting) -> None:
+    def _handle(self, asked: Asked) -> None:
         connection, request, _ = asked
         try:
-            if self._must_wait(connection, request):
+            if self._capture_requests.must_wait(asked):
+                # It is looked at no more until the capture has ended.
                 self._selector.unregister(connection.channel.connection)
-                self._waiting.append(asked)
                 return
-            if self._begin_capture(asked):
+            if self._capture_requests.begin(asked):
+                descriptor = self._captures.fileno()
+                if descriptor is not None:
+                    self._selector.register(descriptor, selectors.EVENT_READ, self._captures)
                 return  # the answer comes when it has ended
             answer, fd = self._answer(connection, request)
         except SkeydError as error:
@@ -214,23 +185,23 @@ class Service:
         else:
             self._send(connection, {"ok": answer}, fd)
 
-    def _answer(self, connection: _Connection, request: Fields) -> tuple[dict[str, Any], int | None]:
+    def _answer(self, connection: FrontConnection, request: Fields) -> tuple[dict[str, Any], int | None]:
         op = request.text("op")
-        if self._print_keys is not None and op in _SETTING:
+        if self._is_read_only and op in _SETTING:
             raise read_only(self._hello.vm_id)
         match op:
             case "status":
                 # Where it is being frozen it was asked before, and who uses keys uses them for good.
-                uses_keys = self._freezing.is_running() or self._keys.uses_keys()
+                uses_keys = self._captures.is_running() or self._keys.uses_keys()
                 return {"uses_keys": uses_keys, **_last_write(self._transactions.outcome())}, None
             case "freeze" | "snapshot":
                 return {"uses_keys": False, "ns": 0}, None
             case "attach":
-                return {}, self._attach(connection)
+                return {}, connection.attach()
             case "get":
-                frames, view = self._slice(connection, request)
+                frames, view = connection.slice(request)
                 with view:
-                    frozen = self._freezing.keys_of(connection)
+                    frozen = self._captures.keys_of(connection)
                     if frozen is not None:
                         frozen.read(frames, view)
                         return {"uses_keys": True, "ns": 0}, None
@@ -240,7 +211,7 @@ class Service:
             case "set":
                 return self._set(connection, request), None
             case "begin":
-                self._freezing.require_none()
+                self._captures.require_none()
                 call = Call(
                     request.text("request_id", REQUEST_ID),
                     request.text("fingerprint", FINGERPRINT),
@@ -267,7 +238,7 @@ class Service:
             case "shutdown":
                 if request.text("uid") != self._hello.uid:
                     raise ProtocolError("shutdown of another VM")
-                self._freezing.require_none()
+                self._captures.require_none()
                 if self._release is not None:
                     # The VM goes on without this process, and so with the keys that it has then: whole ones.
                     self._transactions.require_idle()
@@ -276,79 +247,12 @@ class Service:
                 return {}, None
         raise ProtocolError("no such op")
 
-    def _must_wait(self, connection: _Connection, request: Fields) -> bool:
-        """Whether a request needs the VM, while a capture has it. ProtocolError from who awaits the end of one."""
-        if self._freezing.runs_for(connection):
-            raise ProtocolError("a request before the answer to the last one")
-        if self._freezing.fileno() is None:
-            return False
-        match request.text("op"):
-            case "get":
-                if self._freezing.keys_of(connection) is not None:
-                    return False
-                if self._print_keys is not None:
-                    # It is one key that is asked for, by who doesn't wait for as long as all are printed.
-                    raise SkeydError(Reason.QMP_BUSY, "all keys of this VM are being printed for a stream")
-                return True
-            case "keyop":
-                return request.choice("operation", KEYOPS) == "iske"
-            case "snapshot":
-                return True
-        return False
-
-    def _begin_capture(self, asked: _Waiting) -> bool:
-        """Begin one if that is asked for. False: it isn't, or the guest uses no keys, and so has none at any moment."""
-        connection, request, since = asked
-        match request.text("op"):
-            case "freeze":
-                if not self._freeze(connection, request):
-                    return False
-            case "snapshot":
-                if self._print_keys is None:
-                    raise ProtocolError("a snapshot of a VM that is read slice by slice")
-                seconds = PRINTING_SECONDS - (time.monotonic() - since)
-                if seconds <= 0:
-                    raise SkeydError(Reason.QMP_BUSY, "other streams' printings of the keys took all the time there is")
-                if not self._keys.uses_keys():
-                    return False
-                self._freezing.begin_printing(connection, partial(self._print_keys, seconds))
-            case _:
-                return False
-        descriptor = self._freezing.fileno()
-        if descriptor is not None:
-            self._selector.register(descriptor, selectors.EVENT_READ, self._freezing)
-        return True
-
-    def _freeze(self, connection: _Connection, request: Fields) -> bool:
-        if self._print_keys is not None:
-            raise ProtocolError("freeze of a VM whose keys are printed")
-        self._freezing.require_none()
-        self._transactions.require_idle()
-        if connection.buffers is None:
-            raise ProtocolError("not attached")
-        size = request.integer("ranges", 1, BUFFER_BYTES // RANGE.size) * RANGE.size
-        with memoryview(connection.buffers) as whole:
-            # A copy: the front can still write there.
-            pairs = bytes(whole[:size])
-        try:
-            frames = Ranges(GfnRange(start, count) for start, count in RANGE.iter_unpack(pairs))
-        except SkeydError as error:
-            raise ProtocolError(error.message) from None
-        budget = request.integer("budget_ns", 1, FREEZE_MAX_NS) / 1e9
-        slice_seconds = request.integer("slice_ns", 1, NANOSECONDS_MAX) / 1e9
-        for one in frames:
-            self._memory_map.require_mapped(one)
-        if not self._keys.uses_keys():
-            return False
-        self._freezing.begin(connection, frames, budget, slice_seconds)
-        return True
-
     def _capture(self) -> None:
-        if not self._freezing.is_running():
+        if not self._captures.is_running():
             return
-        descriptor = self._freezing.fileno()
-        told = self._freezing.step()
-        if self._freezing.is_running():
+        descriptor = self._captures.fileno()
+        told = self._captures.step()
+        if self._captures.is_running():
             return
         if descriptor is not None:
             self._selector.unregister(descriptor)
@@ -356,7 +260,7 @@ class Service:
             connection, end = told
             good = {"ok": {"uses_keys": True, "ns": end}}
             self._send(connection, error_message(end) if isinstance(end, SkeydError) else good)
-        waiting, self._waiting = self._waiting, []
+        waiting = self._capture_requests.take_waiting()
         for one in waiting:
             self._selector.register(one.connection.channel.connection, selectors.EVENT_READ, one.connection)
         for one in waiting:
@@ -365,13 +269,13 @@ class Service:
             else:
                 self._handle(one)
 
-    def _set(self, connection: _Connection, request: Fields) -> dict[str, Any]:
-        frames, view = self._slice(connection, request)
+    def _set(self, connection: FrontConnection, request: Fields) -> dict[str, Any]:
+        frames, view = connection.slice(request)
         with view:
             # A copy: the front can still write to the buffer while the kernel and the read-back look at it.
             keys = bytes(view)
         allow_enable = request.boolean("allow_enable")
-        self._freezing.require_none()
+        self._captures.require_none()
         self._keys.take_longest()
         if self._transactions.owned_by(connection):
             written = self._transactions.set(connection, frames, keys, allow_enable)
@@ -392,7 +296,7 @@ class Service:
         key, repaired = request.integer("key", 0, 0xFF), False
         operation = request.choice("operation", KEYOPS)
         if operation != "iske":
-            self._freezing.require_none()
+            self._captures.require_none()
             self._transactions.require_idle()
             self._transactions.forget_kept()
         match operation:
@@ -405,29 +309,7 @@ class Service:
                 found, repaired = written if written is not None else (None, False)
         return {"uses_keys": found is not None, "key": found or 0, "repaired": repaired}
 
-    def _attach(self, connection: _Connection) -> int:
-        if connection.buffers is not None:
-            raise ProtocolError("attached twice")
-        fd = sealed_memfd("skeyd-keys", BUFFER_BYTES)
-        try:
-            connection.buffers = mmap.mmap(fd, BUFFER_BYTES)
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
-
-    def _slice(self, connection: _Connection, request: Fields) -> tuple[GfnRange, memoryview]:
-        if connection.buffers is None:
-            raise ProtocolError("not attached")
-        at = request.integer("buffer", 0, BUFFERS - 1) * BUFFER_KEYS
-        offset = request.integer("offset", 0, BUFFER_KEYS - 1)
-        start = request.integer("start", 0, GFN_LIMIT - 1)
-        frames = GfnRange(start, request.integer("count", 1, min(SLICE_KEYS, BUFFER_KEYS - offset)))
-        at += offset
-        with memoryview(connection.buffers) as whole:
-            return frames, whole[at : at + frames.count]
-
-    def _send(self, connection: _Connection, message: dict[str, Any], fd: int | None = None) -> None:
+    def _send(self, connection: FrontConnection, message: dict[str, Any], fd: int | None = None) -> None:
         try:
             connection.channel.send(message, () if fd is None else (fd,))
         except OSError:
@@ -436,17 +318,14 @@ class Service:
             if fd is not None:
                 os.close(fd)
 
-    def _drop(self, connection: _Connection) -> None:
+    def _drop(self, connection: FrontConnection) -> None:
         if connection in self._connections:
             self._connections.remove(connection)
-            waiting = [one for one in self._waiting if one.connection is connection]
-            if waiting:
-                self._waiting.remove(waiting[0])
-            else:
+            if not self._capture_requests.forget(connection):
                 self._selector.unregister(connection.channel.connection)
             connection.close()
             self._transactions.abandon(connection)
-            self._freezing.abandon(connection)
+            self._captures.abandon(connection)
 
 
 def _last_write(last: LastWrite | None) -> dict[str, Any]:

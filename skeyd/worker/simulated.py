@@ -19,7 +19,7 @@ from skeyd.kvm import abi
 from skeyd.kvm.errors import KvmError
 from skeyd.linux import MAP_NORESERVE
 from skeyd.storage_key import CHANGED, REFERENCED, RESERVED, SEGMENT_FRAMES, first_reserved
-from skeyd.worker.captures import OwnCapture
+from skeyd.worker.own_capture import OwnCapture
 from skeyd.worker.protocol import Spec
 from skeyd.worker.slots import check_slots, memory_map
 

@@ -102,10 +102,10 @@ SAFETIES: Final = (
     ),
     Safety(
         "an ioctl has no more keys than a slice",
-        "worker/service.py",
+        "worker/front_connection.py",
         "min(SLICE_KEYS, BUFFER_KEYS - offset)",
         "BUFFER_KEYS - offset",
-        "worker/test_process.py::test_a_slice_out_of_bounds_ends_its_connection_and_no_other",
+        "worker/test_requests.py::test_a_slice_out_of_bounds_ends_its_connection_and_no_other",
     ),
     Safety(
         "a stream reads no farther ahead than a chunk of its own and a slice",
@@ -184,7 +184,7 @@ SAFETIES: Final = (
         "worker/service.py",
         "        if connection.channel.is_ended():\n",
         "        if False:\n",
-        "worker/test_service.py::test_what_a_front_has_asked_for_that_has_hung_up_is_not_done",
+        "worker/test_served_calls.py::test_what_a_front_has_asked_for_that_has_hung_up_is_not_done",
     ),
     Safety(
         "answers that a reader left are taken for no others",
@@ -260,7 +260,7 @@ SAFETIES: Final = (
         "no key is set while a VM is frozen",
         "worker/service.py",
         """        allow_enable = request.boolean("allow_enable")
-        self._freezing.require_none()
+        self._captures.require_none()
 """,
         """        allow_enable = request.boolean("allow_enable")
 """,
@@ -283,7 +283,7 @@ SAFETIES: Final = (
     Safety(
         "no key is set of a VM whose VMM prints them",
         "worker/service.py",
-        "        if self._print_keys is not None and op in _SETTING:\n",
+        "        if self._is_read_only and op in _SETTING:\n",
         "        if False:\n",
         "worker/test_printing.py::test_nothing_can_be_set",
     ),

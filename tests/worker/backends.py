@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from skeyd.gfn import GfnRange
 from skeyd.kvm.errors import KvmError
 from skeyd.worker.backend import Backend
-from skeyd.worker.captures import OwnCapture
+from skeyd.worker.own_capture import OwnCapture
 from skeyd.worker.protocol import KEYOPS
 from skeyd.worker.simulated import SimulatedVm
 from tests.worker.specs import simulated

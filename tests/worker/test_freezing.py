@@ -17,13 +17,13 @@ import pytest
 from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange, Ranges
 from skeyd.kvm.errors import KvmError
-from skeyd.worker import freezing
-from skeyd.worker.captures import FrozenKeys, OwnCapture
+from skeyd.worker import captures
+from skeyd.worker.own_capture import FrozenKeys, OwnCapture
 from skeyd.worker.packets import ProtocolError
 from skeyd.worker.protocol import FREEZE_MAX_NS, RANGE
 from tests.worker.backends import Recording, Refusing
 from tests.worker.processes import SECONDS, Front
-from tests.worker.test_service import _attached, _met, _serving
+from tests.worker.serving import attached, met, serving
 
 BUDGET = FREEZE_MAX_NS
 SLICE = 10_000_000
@@ -114,7 +114,7 @@ class Later(Keyed):
 
 
 def test_what_is_read_of_a_moment_is_given_though_others_set_keys_afterwards(runtime_dir: Path) -> None:
-    with _serving(runtime_dir, Keyed()), _attached(runtime_dir) as (one, mine), _attached(runtime_dir) as (two, other):
+    with serving(runtime_dir, Keyed()), attached(runtime_dir) as (one, mine), attached(runtime_dir) as (two, other):
         freeze(one, mine, (2, 6), (2048, 256))
         assert one.take() == {"ok": {"uses_keys": True, "ns": 0}}
         other[:256] = b"\x70" * 256
@@ -132,7 +132,7 @@ def test_what_is_read_of_a_moment_is_given_though_others_set_keys_afterwards(run
 
 
 def test_a_guest_without_keys_has_none_at_any_moment(runtime_dir: Path) -> None:
-    with _serving(runtime_dir, Recording()), _attached(runtime_dir) as (front, buffers):
+    with serving(runtime_dir, Recording()), attached(runtime_dir) as (front, buffers):
         freeze(front, buffers, (0, 4))
         assert front.take() == {"ok": {"uses_keys": False, "ns": 0}}
         assert front.ok(**get(0, 4))["uses_keys"] is False
@@ -141,10 +141,10 @@ def test_a_guest_without_keys_has_none_at_any_moment(runtime_dir: Path) -> None:
 def test_while_another_process_reads_nobody_sets_and_who_reads_waits(runtime_dir: Path) -> None:
     backend = Later()
     with (
-        _serving(runtime_dir, backend),
-        _attached(runtime_dir) as (owner, mine),
-        _attached(runtime_dir) as (reader, its),
-        _attached(runtime_dir) as (setter, _),
+        serving(runtime_dir, backend),
+        attached(runtime_dir) as (owner, mine),
+        attached(runtime_dir) as (reader, its),
+        attached(runtime_dir) as (setter, _),
     ):
         freeze(owner, mine, (0, 1024))
         assert backend.began.wait(SECONDS)
@@ -159,7 +159,7 @@ def test_while_another_process_reads_nobody_sets_and_who_reads_waits(runtime_dir
         reader.say(**get(8, 4))
         reader.say(op="status")
         setter.say(op="keyop", operation="iske", gfn=5, key=0)
-        with _met(runtime_dir) as somebody:
+        with met(runtime_dir) as somebody:
             # Whoever comes is met, and nothing is asked of the VM for anybody.
             assert somebody.ok(op="status") == {"uses_keys": True}
         assert len(backend.calls) == asked
@@ -174,8 +174,8 @@ def test_while_another_process_reads_nobody_sets_and_who_reads_waits(runtime_dir
 
 def test_who_hangs_up_has_the_capture_cancelled_and_others_served(runtime_dir: Path) -> None:
     backend = Later()
-    with _serving(runtime_dir, backend), _attached(runtime_dir) as (reader, _):
-        with _attached(runtime_dir) as (owner, mine):
+    with serving(runtime_dir, backend), attached(runtime_dir) as (reader, _):
+        with attached(runtime_dir) as (owner, mine):
             freeze(owner, mine, (0, 1024))
             assert backend.began.wait(SECONDS)
         assert backend.cancelled.wait(SECONDS)
@@ -188,7 +188,7 @@ def test_who_hangs_up_has_the_capture_cancelled_and_others_served(runtime_dir: P
 
 def test_what_goes_wrong_in_a_capture_is_its_owners_answer_and_the_next_one_works(runtime_dir: Path) -> None:
     backend = Later()
-    with _serving(runtime_dir, backend), _attached(runtime_dir) as (owner, mine):
+    with serving(runtime_dir, backend), attached(runtime_dir) as (owner, mine):
         backend.error = SkeydError(Reason.FREEZE_EXPIRED, "too late")
         backend.go_on()
         freeze(owner, mine, (0, 1024))
@@ -204,7 +204,7 @@ def test_what_goes_wrong_in_a_capture_is_its_owners_answer_and_the_next_one_work
 
 def test_a_worker_that_ends_waits_for_who_reads(runtime_dir: Path) -> None:
     backend = Later()
-    with _serving(runtime_dir, backend), _attached(runtime_dir) as (owner, mine):
+    with serving(runtime_dir, backend), attached(runtime_dir) as (owner, mine):
         freeze(owner, mine, (0, 1024))
         assert backend.began.wait(SECONDS)
 
@@ -232,19 +232,19 @@ def test_a_worker_that_ends_waits_for_who_reads(runtime_dir: Path) -> None:
     ],
 )
 def test_nonsense_ends_its_connection_and_no_other(runtime_dir: Path, message: dict[str, object]) -> None:
-    with _serving(runtime_dir, Keyed()), _attached(runtime_dir) as (front, buffers), _met(runtime_dir) as other:
+    with serving(runtime_dir, Keyed()), attached(runtime_dir) as (front, buffers), met(runtime_dir) as other:
         RANGE.pack_into(buffers, 0, 0, 4)
         front.say(**{"op": "freeze", "ranges": 1, "budget_ns": BUDGET, "slice_ns": SLICE, **message})
         assert front.is_hung_up_on()
         other.say(op="freeze", ranges=1, budget_ns=BUDGET, slice_ns=SLICE)  # without buffers
         assert other.is_hung_up_on()
-        with _met(runtime_dir) as third:
+        with met(runtime_dir) as third:
             assert third.ok(op="status") == {"uses_keys": True}
 
 
 def test_frames_without_memory_and_too_many_are_refused(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(freezing, "FROZEN_KEYS", 1100)
-    with _serving(runtime_dir, Keyed()), _attached(runtime_dir) as (one, mine), _attached(runtime_dir) as (two, other):
+    monkeypatch.setattr(captures, "FROZEN_KEYS", 1100)
+    with serving(runtime_dir, Keyed()), attached(runtime_dir) as (one, mine), attached(runtime_dir) as (two, other):
 
         def refused(front: Front, *frames: tuple[int, int]) -> str:
             freeze(front, mine if front is one else other, *frames)
@@ -266,7 +266,7 @@ def test_frames_without_memory_and_too_many_are_refused(runtime_dir: Path, monke
 
 
 def test_a_call_of_setskeys_that_runs_keeps_a_capture_from_beginning(runtime_dir: Path) -> None:
-    with _serving(runtime_dir, Keyed()), _attached(runtime_dir) as (one, mine), _met(runtime_dir) as setter:
+    with serving(runtime_dir, Keyed()), attached(runtime_dir) as (one, mine), met(runtime_dir) as setter:
         setter.ok(**BEGIN)
         freeze(one, mine, (0, 4))
         assert (one.take() or {})["error"]["reason"] == "VM_BUSY"
@@ -275,7 +275,7 @@ def test_a_call_of_setskeys_that_runs_keeps_a_capture_from_beginning(runtime_dir
 def test_what_the_kernel_refuses_is_said(runtime_dir: Path) -> None:
     backend = Refusing({("get", 1): KvmError("KVM_S390_GET_SKEYS", errno.EFAULT)})
     backend.vm.set_skeys(0, memoryview(bytearray(4)))
-    with _serving(runtime_dir, backend), _attached(runtime_dir) as (front, buffers):
+    with serving(runtime_dir, backend), attached(runtime_dir) as (front, buffers):
         freeze(front, buffers, (0, 4))
         assert (front.take() or {})["error"]["reason"] == "GFN_NOT_MAPPED"
 

@@ -15,12 +15,12 @@ import pytest
 
 from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange, Ranges
-from skeyd.worker import freezing, service
-from skeyd.worker.captures import FrozenKeys
+from skeyd.worker import capture_requests, captures, service
+from skeyd.worker.own_capture import FrozenKeys
 from tests.worker.backends import Recording
 from tests.worker.processes import SECONDS, Front
+from tests.worker.serving import attached, met, serving
 from tests.worker.test_freezing import BEGIN, Keyed, freeze, get, put
-from tests.worker.test_service import _attached, _met, _serving
 
 SNAPSHOT: Final = {"op": "snapshot"}
 FRAMES: Final = 1024
@@ -105,7 +105,7 @@ class Printer:
 def printing(directory: Path, backend: Recording | None = None) -> Iterator[Printer]:
     printer = Printer(backend or Keyed())
     try:
-        with _serving(directory, printer.backend, print_keys=printer):
+        with serving(directory, printer.backend, print_keys=printer):
             yield printer
     finally:
         printer.close()
@@ -121,8 +121,8 @@ def snapshot(front: Front, printer: Printer, number: int) -> None:
 def test_what_is_read_is_of_the_one_printing_that_was_asked_for(runtime_dir: Path) -> None:
     with (
         printing(runtime_dir) as printer,
-        _attached(runtime_dir) as (one, mine),
-        _attached(runtime_dir) as (two, other),
+        attached(runtime_dir) as (one, mine),
+        attached(runtime_dir) as (two, other),
     ):
         snapshot(one, printer, 0)
         printer.backend.vm.set_skeys(0, memoryview(bytearray(b"\x70" * FRAMES)))
@@ -140,7 +140,7 @@ def test_what_is_read_is_of_the_one_printing_that_was_asked_for(runtime_dir: Pat
 
 def test_while_it_prints_others_are_answered_and_who_needs_the_vm_waits(runtime_dir: Path) -> None:
     with printing(runtime_dir) as printer, ExitStack() as fronts:
-        owner, reader, looker, next_one = (fronts.enter_context(_attached(runtime_dir))[0] for _ in range(4))
+        owner, reader, looker, next_one = (fronts.enter_context(attached(runtime_dir))[0] for _ in range(4))
         owner.say(**SNAPSHOT)
         first = printer.printing(0)
         reader.say(**get(0, 4))
@@ -157,8 +157,8 @@ def test_while_it_prints_others_are_answered_and_who_needs_the_vm_waits(runtime_
 
 
 def test_what_it_waited_for_is_taken_off_its_time(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "PRINTING_SECONDS", 2.0)
-    with printing(runtime_dir) as printer, _attached(runtime_dir) as (one, _), _attached(runtime_dir) as (two, _):
+    monkeypatch.setattr(capture_requests, "PRINTING_SECONDS", 2.0)
+    with printing(runtime_dir) as printer, attached(runtime_dir) as (one, _), attached(runtime_dir) as (two, _):
         one.say(**SNAPSHOT)
         printer.printing(0)
         two.say(**SNAPSHOT)
@@ -170,9 +170,9 @@ def test_what_it_waited_for_is_taken_off_its_time(runtime_dir: Path, monkeypatch
 
 
 def test_so_many_are_kept_and_no_more(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(freezing, "MAX_PRINTINGS", 2)
+    monkeypatch.setattr(captures, "MAX_PRINTINGS", 2)
     with printing(runtime_dir) as printer, ExitStack() as fronts:
-        one, two, three = (fronts.enter_context(_attached(runtime_dir))[0] for _ in range(3))
+        one, two, three = (fronts.enter_context(attached(runtime_dir))[0] for _ in range(3))
         snapshot(one, printer, 0)
         snapshot(two, printer, 1)
         three.say(**SNAPSHOT)
@@ -180,18 +180,18 @@ def test_so_many_are_kept_and_no_more(runtime_dir: Path, monkeypatch: pytest.Mon
         # One that has it may have another in its place.
         snapshot(two, printer, 2)
         one.close()
-        with _met(runtime_dir) as other:
+        with met(runtime_dir) as other:
             other.ok(op="status")
         snapshot(three, printer, 3)
 
 
 def test_who_hangs_up_has_it_go_on_and_others_served(runtime_dir: Path) -> None:
-    with printing(runtime_dir) as printer, _attached(runtime_dir) as (waiting, _):
-        with _met(runtime_dir) as owner:
+    with printing(runtime_dir) as printer, attached(runtime_dir) as (waiting, _):
+        with met(runtime_dir) as owner:
             owner.say(**SNAPSHOT)
             first = printer.printing(0)
         waiting.say(**SNAPSHOT)
-        with _met(runtime_dir) as other:
+        with met(runtime_dir) as other:
             while not first.cancelled:
                 other.ok(op="status")
             assert len(printer.begun) == 1
@@ -201,10 +201,10 @@ def test_who_hangs_up_has_it_go_on_and_others_served(runtime_dir: Path) -> None:
 
 
 def test_nothing_is_printed_for_who_has_hung_up_while_it_waited(runtime_dir: Path) -> None:
-    with printing(runtime_dir) as printer, _attached(runtime_dir) as (owner, _), _attached(runtime_dir) as (other, _):
+    with printing(runtime_dir) as printer, attached(runtime_dir) as (owner, _), attached(runtime_dir) as (other, _):
         owner.say(**SNAPSHOT)
         first = printer.printing(0)
-        with _met(runtime_dir) as gone:
+        with met(runtime_dir) as gone:
             gone.say(**SNAPSHOT)
             other.ok(op="status")  # so it has been read
         first.go_on()
@@ -217,11 +217,11 @@ def test_who_has_hung_up_while_it_waited_takes_nobodys_place(
     runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service, "MAX_CONNECTIONS", 3)
-    with printing(runtime_dir) as printer, _attached(runtime_dir) as (owner, _), _attached(runtime_dir) as (other, _):
+    with printing(runtime_dir) as printer, attached(runtime_dir) as (owner, _), attached(runtime_dir) as (other, _):
         owner.say(**SNAPSHOT)
         first = printer.printing(0)
         for _ in range(5):
-            with _met(runtime_dir) as gone:
+            with met(runtime_dir) as gone:
                 gone.say(**SNAPSHOT)
                 other.ok(op="status")
         first.go_on()
@@ -229,14 +229,14 @@ def test_who_has_hung_up_while_it_waited_takes_nobodys_place(
 
 def test_a_worker_that_ends_closes_it(runtime_dir: Path) -> None:
     printer = Printer(Keyed())
-    with _serving(runtime_dir, printer.backend, print_keys=printer), _met(runtime_dir) as owner:
+    with serving(runtime_dir, printer.backend, print_keys=printer), met(runtime_dir) as owner:
         owner.say(**SNAPSHOT)
         first = printer.printing(0)
     assert not first._is_open
 
 
 def test_a_guest_without_keys_is_not_printed(runtime_dir: Path) -> None:
-    with printing(runtime_dir, Recording((0, 4))) as printer, _attached(runtime_dir) as (front, _):
+    with printing(runtime_dir, Recording((0, 4))) as printer, attached(runtime_dir) as (front, _):
         assert front.ok(**SNAPSHOT) == {"uses_keys": False, "ns": 0}
         assert printer.begun == []
 
@@ -245,25 +245,25 @@ def test_a_guest_without_keys_is_not_printed(runtime_dir: Path) -> None:
     "request_", [BEGIN, put(0, 4), {"op": "keyop", "operation": "sske", "gfn": 0, "key": 0}], ids=lambda one: one["op"]
 )
 def test_nothing_can_be_set(runtime_dir: Path, request_: dict[str, Any]) -> None:
-    with printing(runtime_dir), _attached(runtime_dir) as (front, _):
+    with printing(runtime_dir), attached(runtime_dir) as (front, _):
         front.say(**request_)
         assert (front.take() or {})["error"]["reason"] == "BACKEND_READ_ONLY"
 
 
 def test_it_can_not_be_frozen(runtime_dir: Path) -> None:
-    with printing(runtime_dir), _attached(runtime_dir) as (front, buffers):
+    with printing(runtime_dir), attached(runtime_dir) as (front, buffers):
         freeze(front, buffers, (0, 4))
         assert front.is_hung_up_on()
 
 
 def test_nobody_prints_a_vm_that_is_read_slice_by_slice(runtime_dir: Path) -> None:
-    with _serving(runtime_dir, Keyed()), _attached(runtime_dir) as (front, _):
+    with serving(runtime_dir, Keyed()), attached(runtime_dir) as (front, _):
         front.say(**SNAPSHOT)
         assert front.is_hung_up_on()
 
 
 def test_whoever_waits_for_it_says_nothing(runtime_dir: Path) -> None:
-    with printing(runtime_dir) as printer, _attached(runtime_dir) as (owner, _), _met(runtime_dir) as other:
+    with printing(runtime_dir) as printer, attached(runtime_dir) as (owner, _), met(runtime_dir) as other:
         owner.say(**SNAPSHOT)
         first = printer.printing(0)
         owner.say(op="status")

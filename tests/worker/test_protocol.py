@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,17 +12,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from skeyd import limits
-from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange, MemorySlot
 from skeyd.kvm import abi
 from skeyd.worker import adoption, protocol
 from skeyd.worker.adoption import Adoption, Vmm
 from skeyd.worker.candidates import CANDIDATES_MAX, FDS_MAX, Candidate, Found
 from skeyd.worker.outcomes import DIRTY_RANGES, OUTCOMES, REQUEST_ID, STATES, Begun, LastWrite
-from skeyd.worker.packets import MESSAGE_MAX, Fields, ProtocolError, decode, encode, error_message, take_answer
+from skeyd.worker.packets import Fields, ProtocolError, decode, encode, take_answer
 from skeyd.worker.protocol import MAX_MEMORY, MAX_MEMORY_SLOTS, Hello, SlotSpec, Spec
 from tests.examples import examples
 from tests.worker.specs import UID
+from tests.worker.wire import LONG, NO_FLAG, NO_INTEGER, NO_LIST, NO_OBJECT, NO_TEXT, over_the_wire
 
 VMM = Vmm(4712, 123_456, 64055, "/usr/bin/qemu-system-s390x", "web", 13, "probed")
 SPEC = Spec(
@@ -71,13 +69,6 @@ READERS: dict[str, tuple[dict[str, Any], Callable[[Fields], object]]] = {
 OF_A_VM = ("spec", "hello")
 LISTS = {"spec": "slots", "hello": "slots", "found": "candidates", "last_write": "dirty"}
 
-NO_OBJECT: list[Any] = [None, True, 0, 1.5, "{}", []]
-NO_LIST: list[Any] = [None, True, 0, 1.5, "[]", {}]
-NO_TEXT: list[Any] = [None, True, 0, 1.5, [], {}, ["a"]]
-# Python's JSON knows NaN and the infinities, and in Python true is a number.
-NO_INTEGER: list[Any] = [None, True, False, "1", 1.0, 1.5, [], {}, [1], float("nan"), float("inf"), 10**4000, -(10**99)]
-NO_FLAG: list[Any] = [None, 0, 1, 1.5, "true", [], {}]
-LONG = "x" * 1025
 BAD_ID = ["", "A", "1a", "-a", "a-", "a_b", "a b", "a.b", "a/b", "..", "ä", "a" * 64, "a\n", "\na", "a\0"]
 BAD_UID = ["", UID[:-1], UID + "0", UID.upper(), UID.replace("-", ""), UID + "\n", "{" + UID + "}"]
 BAD_KIND = ["", "Owned", "adopt", "owned ", "none"]
@@ -183,10 +174,6 @@ BAD: dict[str, dict[tuple[str | int, ...], list[Any]]] = {
 }
 
 
-def _over_the_wire(message: dict[str, Any]) -> Fields:
-    return decode(json.dumps(message).encode(), "it")
-
-
 def _places(kind: str) -> list[Any]:
     return [pytest.param(kind, place, id=f"{kind}-{'.'.join(map(str, place))}") for place in BAD[kind]]
 
@@ -218,11 +205,11 @@ every_field = pytest.mark.parametrize(("kind", "place"), [one for kind in READER
 
 
 def test_the_messages_that_the_tests_break_are_good_before() -> None:
-    assert Spec.from_message(_over_the_wire(SPEC.to_message())) == SPEC
-    assert Hello.from_message(_over_the_wire(HELLO.to_message())) == HELLO
-    assert Found.from_message(_over_the_wire(FOUND.to_message())) == FOUND
-    assert Begun.from_message(_over_the_wire(BEGUN.to_message())) == BEGUN
-    assert LastWrite.from_message(_over_the_wire(LAST_WRITE.to_message())) == LAST_WRITE
+    assert Spec.from_message(over_the_wire(SPEC.to_message())) == SPEC
+    assert Hello.from_message(over_the_wire(HELLO.to_message())) == HELLO
+    assert Found.from_message(over_the_wire(FOUND.to_message())) == FOUND
+    assert Begun.from_message(over_the_wire(BEGUN.to_message())) == BEGUN
+    assert LastWrite.from_message(over_the_wire(LAST_WRITE.to_message())) == LAST_WRITE
 
 
 def test_every_field_of_every_message_is_broken_by_some_test() -> None:
@@ -298,23 +285,23 @@ def test_a_spec_arrives_as_it_was_written(spec: Spec) -> None:
 @pytest.mark.parametrize("kind", ["owned", "simulated"])
 def test_only_an_adopted_vm_is_another_processs(kind: str) -> None:
     with pytest.raises(ProtocolError, match=f"the adoption of a VM of kind {kind}"):
-        Spec.from_message(_over_the_wire(replace(SPEC, kind=kind, vmm=None).to_message()))
+        Spec.from_message(over_the_wire(replace(SPEC, kind=kind, vmm=None).to_message()))
     with pytest.raises(ProtocolError, match=f"the adoption of a VM of kind {kind}"):
-        Spec.from_message(_over_the_wire(replace(SPEC, kind=kind, adoption=None).to_message()))
+        Spec.from_message(over_the_wire(replace(SPEC, kind=kind, adoption=None).to_message()))
     with pytest.raises(ProtocolError, match=f"the vmm of a VM of kind {kind}"):
-        Hello.from_message(_over_the_wire(replace(HELLO, kind=kind).to_message()))
+        Hello.from_message(over_the_wire(replace(HELLO, kind=kind).to_message()))
 
 
 def test_a_process_without_a_number_is_one_that_listens() -> None:
     assert SPEC.adoption is not None
     spec = replace(SPEC, adoption=replace(SPEC.adoption, pid=0, qmp_socket="/run/vm/qmp", access="qmp"))
-    assert Spec.from_message(_over_the_wire(spec.to_message())) == spec
+    assert Spec.from_message(over_the_wire(spec.to_message())) == spec
 
 
 def test_only_a_vmm_that_prints_its_keys_has_no_descriptor() -> None:
     assert HELLO.vmm is not None
     hello = replace(HELLO, vmm=replace(HELLO.vmm, fd=-1, access="qmp"))
-    assert Hello.from_message(_over_the_wire(hello.to_message())) == hello
+    assert Hello.from_message(over_the_wire(hello.to_message())) == hello
 
 
 @given(
@@ -347,14 +334,14 @@ def test_a_vmm_is_known_by_its_pid_or_its_name() -> None:
     assert SPEC.adoption is not None
     for wrong in (replace(SPEC.adoption, name="web"), replace(SPEC.adoption, pid=0)):
         with pytest.raises(ProtocolError, match="pid"):
-            Spec.from_message(_over_the_wire(replace(SPEC, adoption=wrong).to_message()))
+            Spec.from_message(over_the_wire(replace(SPEC, adoption=wrong).to_message()))
 
 
 def test_who_is_older_than_names_has_none() -> None:
     spec, hello = SPEC.to_message(), HELLO.to_message()
     del spec["adoption"]["name"], spec["vmm"], hello["vmm"]["name"]
-    assert Spec.from_message(_over_the_wire(spec)) == replace(SPEC, vmm=None)
-    assert Hello.from_message(_over_the_wire(hello)) == replace(HELLO, vmm=replace(VMM, name=""))
+    assert Spec.from_message(over_the_wire(spec)) == replace(SPEC, vmm=None)
+    assert Hello.from_message(over_the_wire(hello)) == replace(HELLO, vmm=replace(VMM, name=""))
 
 
 _counts = st.integers(0, 1 << 64)
@@ -399,13 +386,13 @@ def test_as_many_dirty_ranges_as_there_may_be_fit_a_packet() -> None:
 @pytest.mark.parametrize("outcome", WITHOUT_DIRTY)
 def test_only_what_is_dirty_or_kept_has_dirty_frames(outcome: str) -> None:
     with pytest.raises(ProtocolError, match=f"outcome {outcome} with 2 dirty ranges"):
-        LastWrite.from_message(_over_the_wire({**LAST_WRITE.to_message(), "outcome": outcome}))
+        LastWrite.from_message(over_the_wire({**LAST_WRITE.to_message(), "outcome": outcome}))
 
 
 def test_dirty_frames_beyond_two_to_the_64_are_none() -> None:
     wrong = {**LAST_WRITE.to_message(), "dirty": [{"start": (1 << 64) - 1, "count": 2}]}
     with pytest.raises(ProtocolError):
-        LastWrite.from_message(_over_the_wire(wrong))
+        LastWrite.from_message(over_the_wire(wrong))
 
 
 @every_field
@@ -421,7 +408,7 @@ def test_a_field_that_is_wrong_in_any_way_is_refused_by_name(kind: str, place: t
 
 def _refusal(read: Callable[[Fields], object], message: dict[str, Any]) -> str | None:
     try:
-        read(_over_the_wire(message))
+        read(over_the_wire(message))
     except ProtocolError as error:
         return str(error)
     return None
@@ -436,16 +423,16 @@ def test_a_field_that_is_missing_is_refused_by_name(kind: str, place: tuple[str 
     message = copy.deepcopy(good)
     del _holder(message, place)[place[-1]]
     if place in MAY_BE_MISSING.get(kind, ()):
-        read(_over_the_wire(message))
+        read(over_the_wire(message))
         return
     with pytest.raises(ProtocolError, match=str(place[-1])):
-        read(_over_the_wire(message))
+        read(over_the_wire(message))
 
 
 @pytest.mark.parametrize("kind", READERS)
 def test_a_field_that_this_version_does_not_know_changes_nothing(kind: str) -> None:
     good, read = READERS[kind]
-    assert read(_over_the_wire({**good, "new": [1, {"a": None}]})) == read(_over_the_wire(good))
+    assert read(over_the_wire({**good, "new": [1, {"a": None}]})) == read(over_the_wire(good))
 
 
 @pytest.mark.parametrize("kind", OF_A_VM)
@@ -453,19 +440,19 @@ def test_a_vm_has_at_most_so_many_slots(kind: str) -> None:
     good, read = READERS[kind]
     message = {**good, "slots": [good["slots"][0]] * (MAX_MEMORY_SLOTS + 1)}
     with pytest.raises(ProtocolError, match=f"slots is no list of at most {MAX_MEMORY_SLOTS}"):
-        read(_over_the_wire(message))
+        read(over_the_wire(message))
 
 
 def test_a_worker_without_memory_is_none() -> None:
     with pytest.raises(ProtocolError, match="without memory slots"):
-        Hello.from_message(_over_the_wire({**HELLO.to_message(), "slots": []}))
+        Hello.from_message(over_the_wire({**HELLO.to_message(), "slots": []}))
 
 
 @pytest.mark.parametrize(("start", "count"), [((1 << 64) - 1, 2), ((1 << 64) - 256, 512)])
 def test_a_worker_with_memory_beyond_two_to_the_64_is_none(start: int, count: int) -> None:
     slots = [{"slot": 0, "start": start, "count": count, "backing": "none"}]
     with pytest.raises(ProtocolError, match=r"beyond 2\^64"):
-        Hello.from_message(_over_the_wire({**HELLO.to_message(), "slots": slots}))
+        Hello.from_message(over_the_wire({**HELLO.to_message(), "slots": slots}))
 
 
 @pytest.mark.parametrize("second", [(0, 256), (255, 1), (0, 1), (100, 1000)])
@@ -475,153 +462,13 @@ def test_a_worker_whose_memory_overlaps_is_none(second: tuple[int, int]) -> None
         for number, (start, count) in enumerate([(0, 256), second])
     ]
     with pytest.raises(ProtocolError, match="memory slots that overlap"):
-        Hello.from_message(_over_the_wire({**HELLO.to_message(), "slots": slots}))
-
-
-# --- packets -------------------------------------------------------------------------------------------------------
-
-
-def _packets() -> Iterator[tuple[str, bytes]]:
-    yield "nothing", b""
-    yield "a word", b"hello"
-    yield "half an object", b'{"a":'
-    yield "two objects", b"{}{}"
-    yield "something after", b"{}\0"
-    yield "no text", b"\xff\xff\xff"
-    yield "broken UTF-8", b'{"a":"\xc3"}'
-    yield "an array", b"[{}]"
-    yield "a string", b'"{}"'
-    yield "a number", b"1"
-    yield "null", b"null"
-    yield "NaN", b"NaN"
-    yield "deep arrays", b"[" * 50_000
-    yield "deep objects", b'{"a":' * 10_000
-    yield "a number of thousands of digits", b'{"a":' + b"9" * 20_000 + b"}"
-    yield "a byte too many", b"{}" + b" " * (MESSAGE_MAX - 1)
-
-
-@pytest.mark.parametrize("data", [pytest.param(data, id=name) for name, data in _packets()])
-def test_a_packet_that_is_not_one_object_is_refused(data: bytes) -> None:
-    with pytest.raises(ProtocolError, match=r"^it is "):
-        decode(data, "it")
-
-
-def test_a_packet_that_is_deep_and_whole_is_refused_or_taken() -> None:
-    # Until 3.13 Python counts the depth; since then it looks how much of the stack is left, and may take this.
-    with suppress(ProtocolError):
-        decode(b'{"a":' + b"[" * 25_000 + b"]" * 25_000 + b"}", "it")
-
-
-def test_the_largest_packet_is_taken() -> None:
-    decode(b"{}" + b" " * (MESSAGE_MAX - 2), "it")
-
-
-def test_a_message_is_written_down_up_to_the_size_of_a_packet_and_no_further() -> None:
-    room = MESSAGE_MAX - len(encode({"a": ""}))
-    assert len(encode({"a": "x" * room})) == MESSAGE_MAX
-    with pytest.raises(ProtocolError, match="doesn't fit a packet"):
-        encode({"a": "x" * (room + 1)})
-
-
-@given(st.binary(max_size=200) | st.text(alphabet='{}[]":,0aentrufls \\.-', max_size=60).map(str.encode))
-@settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_whatever_arrives_is_fields_or_a_protocol_error(data: bytes) -> None:
-    with suppress(ProtocolError):
-        assert isinstance(decode(data, "it"), Fields)
-
-
-# --- fields --------------------------------------------------------------------------------------------------------
-
-
-def test_bounds_are_included() -> None:
-    fields = _over_the_wire({"least": 3, "most": 7})
-    assert fields.integer("least", 3, 7) == 3
-    assert fields.integer("most", 3, 7) == 7
-
-
-@pytest.mark.parametrize("value", [None, 0, 1, "true", [], {}, 1.0])
-def test_what_is_neither_true_nor_false_is_refused(value: Any) -> None:
-    with pytest.raises(ProtocolError, match="it: flag is neither true nor false"):
-        _over_the_wire({"flag": value}).boolean("flag")
-
-
-def test_a_text_of_1024_characters_is_the_longest() -> None:
-    assert _over_the_wire({"a": LONG[:-1]}).text("a") == LONG[:-1]
-    with pytest.raises(ProtocolError, match="a is no text"):
-        _over_the_wire({"a": LONG}).text("a")
-
-
-def test_null_is_as_good_as_missing() -> None:
-    fields = _over_the_wire({"null": None, "false": False, "zero": 0})
-    assert not fields.has("null")
-    assert not fields.has("missing")
-    assert fields.has("false")
-    assert fields.has("zero")
-
-
-# --- answers -------------------------------------------------------------------------------------------------------
-
-
-def test_a_good_answer_is_what_is_in_it() -> None:
-    assert take_answer(_over_the_wire({"ok": {"a": 1}})).integer("a", 1, 1) == 1
-
-
-@pytest.mark.parametrize("reason", Reason)
-def test_every_error_arrives_as_it_was_raised(reason: Reason) -> None:
-    error = SkeydError(reason, "what went wrong: ä", {"gfn": "0x1", "vm": "vms/web"})
-    with pytest.raises(SkeydError) as raised:
-        take_answer(decode(encode(error_message(error)), "it"))
-    assert (raised.value.reason, raised.value.message) == (reason, error.message)
-    assert raised.value.metadata == error.metadata
-
-
-def test_what_a_terminal_would_take_for_a_command_arrives_as_question_marks() -> None:
-    error = SkeydError(Reason.KERNEL_REFUSED, "a\n\0\x1b[2Jb", {"file": "\udc80"})
-    with pytest.raises(SkeydError) as raised:
-        take_answer(decode(encode(error_message(error)), "it"))
-    assert (raised.value.message, raised.value.metadata) == ("a???[2Jb", {"file": "?"})
+        Hello.from_message(over_the_wire({**HELLO.to_message(), "slots": slots}))
 
 
 @pytest.mark.parametrize("text", ["a\nb", "\x1b[2J", "\ud800", "\0"])
 def test_a_worker_whose_words_are_not_printable_is_none(text: str) -> None:
     with pytest.raises(ProtocolError, match="kernel"):
-        Hello.from_message(_over_the_wire({**HELLO.to_message(), "kernel": text}))
-
-
-def test_an_error_of_any_length_fits_a_packet_and_arrives_cut() -> None:
-    error = SkeydError(Reason.KERNEL_REFUSED, "m" * 100_000, {"long": "v" * 100_000})
-    with pytest.raises(SkeydError) as raised:
-        take_answer(decode(encode(error_message(error)), "it"))
-    assert raised.value.message == "m" * 1024
-    assert raised.value.metadata == {"long": "v" * 1024}
-
-
-def test_an_error_of_a_later_version_is_a_failed_worker_that_is_quoted() -> None:
-    answer = {"error": {"reason": "NEW_REASON", "message": "something new", "metadata": {}}}
-    with pytest.raises(SkeydError) as raised:
-        take_answer(_over_the_wire(answer))
-    assert raised.value.reason is Reason.WORKER_FAILED
-    assert "NEW_REASON: something new" in raised.value.message
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        {},
-        {"ok": None},
-        *({"ok": value} for value in NO_OBJECT),
-        *({"error": value} for value in NO_OBJECT if value is not None),
-        {"error": {}},
-        *({"error": {"reason": value, "message": "m", "metadata": {}}} for value in [*NO_TEXT, LONG]),
-        *({"error": {"reason": "VM_DEAD", "message": value, "metadata": {}}} for value in [*NO_TEXT, LONG]),
-        *({"error": {"reason": "VM_DEAD", "message": "m", "metadata": value}} for value in NO_OBJECT),
-        *({"error": {"reason": "VM_DEAD", "message": "m", "metadata": {"a": value}}} for value in [*NO_TEXT, LONG]),
-        {"error": {"reason": "VM_DEAD", "message": "m"}},
-    ],
-)
-def test_an_answer_that_is_none_is_refused(answer: dict[str, Any]) -> None:
-    with pytest.raises(ProtocolError):
-        take_answer(_over_the_wire(answer))
+        Hello.from_message(over_the_wire({**HELLO.to_message(), "kernel": text}))
 
 
 # --- numbers -------------------------------------------------------------------------------------------------------
