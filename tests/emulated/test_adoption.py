@@ -17,6 +17,8 @@ SECONDS: Final = 900.0
 COUNTS: Final = {"SKEYD_ADOPTIONS": "3", "SKEYD_KILLS_ADOPTED": "3"}
 LEAST: Final = 12
 """So many tests there are at least."""
+WITH_MEMORY_DEVICES: Final = ("forky",)
+"""Suites whose QEMU has them."""
 
 pytestmark = [pytest.mark.emulated, pytest.mark.timeout(SECONDS + 300)]
 
@@ -24,7 +26,8 @@ pytestmark = [pytest.mark.emulated, pytest.mark.timeout(SECONDS + 300)]
 # trixie's kernel is of bookworm's generation.
 @pytest.mark.parametrize("suite", [suite for suite in suites() if suite != "trixie"])
 def test_qemus_vms_are_adopted_and_let_go(suite: str) -> None:
-    tests = ["tests/adoption/test_qemu.py", "tests/adoption/test_qemu_lives.py", "-k", "not sandboxed and not memfd"]
+    files = ["test_qemu", "test_qemu_lives", *(["test_memory_backends"] if suite in WITH_MEMORY_DEVICES else [])]
+    tests = [*(f"tests/adoption/{name}.py" for name in files), "-k", "not sandboxed and not memfd"]
     said = passes_on(suite, tests, COUNTS, SECONDS)
     assert len(re.findall(r"::\S+ PASSED", said)) >= LEAST, said
     assert " skipped" not in said, said
