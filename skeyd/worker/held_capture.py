@@ -48,8 +48,13 @@ class HeldCapture:
             self._pid = os.fork()
             if not self._pid:
                 _hold(read, seconds, self._end, parent, telling)
-            # From here on it is there, and its end is awaited.
-            self._pidfd = os.pidfd_open(self._pid)
+            try:
+                self._pidfd = os.pidfd_open(self._pid)
+            except OSError:
+                # Nobody would know of its end.
+                os.kill(self._pid, signal.SIGKILL)
+                os.waitpid(self._pid, 0)
+                raise
         except BaseException:
             os.close(self._told)
             raise

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import grpc
 import pytest
-from google.protobuf.duration_pb2 import Duration
 
 from skeyd.client.connection import Client
 from skeyd.client.errors import ClientError
-from skeyd.client.reading import Keys
-from skeyd.injection import proc
-from skeyd.v1 import storage_key_service_pb2 as pb
 from skeyd.v1 import vm_pb2, vm_service_pb2
 from tests.adoption.qemu_vm import LONG, MIB, NAME, acc_and_f, adopt, buffers_in, look, some_keys
 from tests.adoption.untraceable import WITHOUT_RIGHT, require_rights
@@ -220,89 +214,3 @@ def test_a_qemu_is_a_candidate_and_is_adopted_by_its_name_and_the_log_says_whose
         qemu.answers()
     finally:
         qemu.close()
-
-
-# --- keys of one moment ----------------------------------------------------------------------------------------------
-
-
-def states(pid: int) -> set[str]:
-    """Return how its threads are."""
-    return {proc.status(pid, tid)["State"][0] for tid in proc.threads(pid)}
-
-
-def holder_of(worker: int) -> int | None:
-    """Return the process that reads for a worker."""
-    children = Path(f"/proc/{worker}/task/{worker}/children").read_text().split()
-    return int(children[0]) if children else None
-
-
-def stopped_while_it_holds(worker: int, vmm: int, reading: Future[list[pb.GetSkeysResponse]]) -> bool:
-    """Stop the process that reads for a worker, at a moment when it holds a VMM; tell whether there was one.
-
-    It goes on by some steps at a time, so that even one who seldom runs, on a busy machine, meets such a moment.
-    """
-    while not reading.done():
-        holder = holder_of(worker)
-        if holder is None:
-            continue
-        with suppress(ProcessLookupError):
-            os.kill(holder, signal.SIGSTOP)
-            while (state := proc.status(holder, holder).get("State", "Z")[0]) not in "TZ":
-                pass
-            if state == "T" and states(vmm) == {"t"}:
-                return True
-            os.kill(holder, signal.SIGCONT)
-    return False
-
-
-def test_keys_of_one_moment_are_what_qemu_dumps_and_qemu_goes_on(daemon: DaemonProcess, qemu: Qemu) -> None:
-    with Stubs(daemon.target) as stubs, daemon.connect() as client:
-        adopt(client, qemu)
-        with client.get_skeys(NAME, frozen=True) as stream:
-            assert (stream.frozen, stream.uses_storage_keys, list(stream)) == (True, False, [])
-        keys = some_keys(3, FRAMES)
-        stubs.set(NAME, [(0, keys)])
-        qemu.answers()
-        before = look(qemu.pid)
-        for _ in range(3):
-            with client.get_skeys(NAME, max_chunk_keys=5000, frozen=True, freeze_seconds=10) as stream:
-                found = b"".join(part.keys for part in stream if isinstance(part, Keys))
-            assert acc_and_f(found) == keys
-            assert stream.frozen
-            assert 0 < (stream.frozen_seconds or 0) < 10
-        assert client.digest_skeys(NAME, frozen=True, freeze_seconds=10).node == client.digest_skeys(NAME).node
-        assert client.summarize_skeys(NAME, frozen=True, freeze_seconds=10).summary.keys == FRAMES
-        assert differences(before, look(qemu.pid)) == {}
-        assert acc_and_f(qemu.dumped()) == keys
-        client.delete_vm(NAME)
-    qemu.answers()
-
-
-def test_qemu_stands_still_while_it_is_frozen_and_goes_on_when_the_budget_has_passed(
-    daemon: DaemonProcess, qemu: Qemu
-) -> None:
-    with Stubs(daemon.target) as stubs, daemon.connect() as client, ThreadPoolExecutor(1) as client_that_reads:
-        vm = adopt(client, qemu)
-        stubs.set(NAME, [(0, some_keys(4, FRAMES))])
-        request = pb.GetSkeysRequest(vm=NAME, consistency=pb.CONSISTENCY_FROZEN, freeze_budget=Duration(seconds=10))
-        for _ in range(100):
-            reading = client_that_reads.submit(lambda: list(stubs.keys.GetSkeys(request)))
-            if stopped_while_it_holds(vm.worker_pid, qemu.pid, reading):
-                break
-            reading.result()
-        # What holds it does nothing more by itself, and is watched by the worker.
-        assert states(qemu.pid) == {"t"}
-        qemu.ask("query-status")
-        assert not qemu.has_answer(0.5)
-        assert states(qemu.pid) == {"t"}
-        assert client.get_vm(NAME).uses_storage_keys
-        with pytest.raises(grpc.RpcError) as caught:
-            reading.result()
-        assert refusal(caught.value).reason == "FREEZE_EXPIRED"
-        assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-        assert qemu.answer()["status"] in ("prelaunch", "paused")
-        assert "t" not in states(qemu.pid)
-        qemu.answers()
-        stubs.get(NAME)
-        client.delete_vm(NAME)
-    qemu.answers()

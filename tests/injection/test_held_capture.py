@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -144,6 +145,20 @@ def test_its_refusals_are_those_of_a_worker() -> None:
     with pytest.raises(SkeydError, match="gone") as refused:
         end_of(HeldCapture(dead, SECONDS))
     assert (refused.value.reason, refused.value.metadata) == (Reason.VM_DEAD, {"vmm_pid": "5"})
+
+
+def test_one_whose_end_cant_be_awaited_does_not_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(pid: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "pidfd_open", none_left)
+
+    def for_ever(_: float) -> int:
+        signal.pause()
+        return 0
+
+    with pytest.raises(OSError, match="Too many open files"):
+        HeldCapture(for_ever, SECONDS)
 
 
 def test_it_is_ended_by_sigterm_which_is_the_workers_no_more() -> None:
