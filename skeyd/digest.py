@@ -75,7 +75,7 @@ def parent_of(children: Sequence[Node], *, with_referenced_changed: bool) -> Nod
 class Digester:
     """Takes keys in ascending order of frames, cut in any way, and makes the tree. Synchronization: one thread.
 
-    It keeps 48 bytes for each leaf of 65,536 frames, and the keys of the leaf that it is in.
+    It keeps 48 bytes for each leaf of 65,536 frames; of the leaf that it is in, a byte a key and 16 a run of frames.
     """
 
     def __init__(self, *, with_referenced_changed: bool = False) -> None:
@@ -84,8 +84,9 @@ class Digester:
         self._table = _WHOLE if with_referenced_changed else _STABLE
         self._leaves = _Level()
         self._leaf = 0
-        # Of the leaf that isn't whole yet: its runs, each (first gfn, pieces of its canonical keys).
-        self._runs: list[tuple[int, list[memoryview]]] = []
+        # Of the leaf that isn't whole yet: its canonical keys, and its runs, each a first gfn and a number of frames.
+        self._keys = bytearray()
+        self._runs = array("Q")
         self._end = 0
 
     def add(self, frames: GfnRange, keys: bytes | bytearray | memoryview) -> None:
@@ -102,11 +103,11 @@ class Digester:
                 self._finish_leaf()
                 self._leaf = leaf
             end = min(leaf + LEAF_FRAMES, frames.end)
-            piece = canonical[gfn - frames.start : end - frames.start]
+            self._keys += canonical[gfn - frames.start : end - frames.start]
             if self._runs and gfn == self._end:
-                self._runs[-1][1].append(piece)
+                self._runs[-1] += end - gfn
             else:
-                self._runs.append((gfn, [piece]))
+                self._runs.extend((gfn, end - gfn))
             gfn = self._end = end
 
     def tree(self) -> Tree:
@@ -118,16 +119,15 @@ class Digester:
     def _finish_leaf(self) -> None:
         if not self._runs:
             return
-        keys = 0
         hashed = hashlib.sha256(_head(0, self._with_referenced_changed, self._leaf))
-        for first, pieces in self._runs:
-            count = sum(map(len, pieces))
-            keys += count
-            hashed.update(_RUN.pack(first, count))
-            for piece in pieces:
-                hashed.update(piece)
-        self._leaves.append(Node(0, self._leaf, keys, hashed.digest()))
-        self._runs = []
+        at = 0
+        with memoryview(self._keys) as keys:
+            for first, count in zip(self._runs[::2], self._runs[1::2], strict=True):
+                hashed.update(_RUN.pack(first, count))
+                hashed.update(keys[at : at + count])
+                at += count
+        self._leaves.append(Node(0, self._leaf, at, hashed.digest()))
+        self._keys, self._runs = bytearray(), array("Q")
 
 
 class Tree:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -227,8 +228,22 @@ def test_no_more_than_a_leaf_is_held_back() -> None:
     # A leaf is hashed when the next begins: it doesn't wait for the tree.
     digester = Digester()
     digester.add(GfnRange(0, LEAF_FRAMES + 1), bytes(LEAF_FRAMES + 1))
-    assert sum(len(piece) for _, pieces in digester._runs for piece in pieces) == 1
+    assert digester._keys == bytes(1)
     assert len(digester._leaves) == 1
+
+
+@pytest.mark.parametrize("apart", [1, 2])
+def test_what_is_held_back_depends_little_on_how_it_was_cut(apart: int) -> None:
+    tracemalloc.start()
+    try:
+        digester = Digester()
+        for gfn in range(0, LEAF_FRAMES, apart):
+            digester.add(GfnRange(gfn, 1), b"\x10")
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # A byte a key and 16 a run, and what arrays keep in reserve.
+    assert held < (1.5 * LEAF_FRAMES if apart == 1 else 1.5 * (1 + 16) * LEAF_FRAMES / 2)
 
 
 def test_a_leaf_is_the_hash_of_its_level_flag_and_first_gfn_and_of_its_runs() -> None:

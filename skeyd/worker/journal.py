@@ -1,10 +1,11 @@
 """The old keys of a SetSkeys until its Commit, so that it can be undone: a stack of slices, compressed.
 
 Slices that are small are joined into one record. The first MEMORY_BYTES of records stay in memory. What comes after
-lies in a file without a name in the VM's directory: a worker's memory doesn't grow with its guest, and the file is gone
-with the process however it ends. At worst, with keys that can't be compressed, it takes one byte for each frame that is
-being set. Where each record lies, which frames it has and its checksum stay in memory, so that a record that is damaged
-keeps no other from being found.
+lies in a file without a name in the VM's directory: the memory of the worker's own doesn't grow with its guest (where
+that directory is in a tmpfs the file is the host's memory all the same), and the file is gone with the process however
+it ends. At worst, with keys that can't be compressed, it takes one byte for each frame that is being set. Where each
+record lies, which frames it has and its checksum stay in memory, so that a record that is damaged keeps no other from
+being found.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import zlib
 from array import array
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 from skeyd.errors import Reason, SkeydError, exhausted
@@ -111,9 +113,11 @@ class Journal:
         self._keys = bytearray()
         self._ranges, self._records, self._recorded = array("Q"), array("Q"), array("Q")
         self._size = 0
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            # The number is free however this ends (close(2)), and what can't be written is wanted no more.
+            with suppress(OSError):
+                os.close(fd)
 
     def _record(self, keys: bytes | bytearray | memoryview, ranges: array[int]) -> None:
         packed = _pack(keys)

@@ -49,6 +49,10 @@ class Keys:
         longest, self._longest_ns = self._longest_ns, 0
         return longest
 
+    def frames(self) -> int:
+        """Return how many frames have a key."""
+        return sum(slot.frames.count for slot in self._map.slots)
+
     def uses_keys(self) -> bool:
         """Whether the guest uses storage keys: GET of one frame, which changes nothing."""
         first = self._map.slots[0].frames.start

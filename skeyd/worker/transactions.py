@@ -14,16 +14,16 @@ from typing import Final
 
 from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange
-from skeyd.storage_key import lost_runs
 from skeyd.worker.journal import Journal, JournalDamagedError
 from skeyd.worker.keys import Keys, Written
 from skeyd.worker.outcomes import DIRTY_RANGES, Begun, LastWrite
+from skeyd.worker.restoring import Restoring
 
 REMEMBERED: Final = 64
 """Applied calls whose request_id is remembered."""
 
-REFUSALS: Final = 2048
-"""How often the kernel may refuse the old keys of a slice before that is no longer looked at frame by frame."""
+DIRTY_KEPT: Final = 1 << 16
+"""Ranges of dirty frames that are told apart while a call is rolled back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +69,13 @@ class _Open:
         self.call = call
         self.journal = journal
         """None: nothing is to be undone."""
+        self.journaled = 0
+        """Keys that were put into it."""
         self.done = done
         self.asked = resumed
         """The kernel was asked to set something, in this call or in the one that it goes on with."""
+        self.restoring: Restoring | None = None
+        """What was taken off the journal and isn't all set again."""
         self.dirty: list[GfnRange] = []
         self.uncertain: list[GfnRange] = []
         """What the kernel was asked to set and nobody knows whether it did."""
@@ -172,11 +176,15 @@ class Transactions:
             uses_keys = self._keys.uses_keys()
             self._keys.require_enabled(uses_keys, allow_enable)
         else:
+            if current.journaled + frames.count > self._keys.frames():
+                # A front sets each frame once, or the room for old keys would have no bound.
+                raise SkeydError(Reason.WORKER_FAILED, "a SetSkeys of more keys than the VM has frames")
             old = bytearray(frames.count)
             uses_keys = self._keys.read(frames, memoryview(old))
             self._keys.require_enabled(uses_keys, allow_enable)
             # Of a guest that used no keys they are zero: the keys that it has once it uses some.
             current.journal.push(frames, old)
+            current.journaled += frames.count
         current.asked = True
         self._kept = None
         # Until it is known: whatever ends the write, the kernel may have set some of it.
@@ -229,7 +237,7 @@ class Transactions:
             self._settle()
 
     def step(self) -> None:
-        """Set the old keys of one slice again, and verify them.
+        """Set the old keys of one slice again, and verify them; where the kernel refuses some, a part of that.
 
         Whatever goes wrong is part of the outcome; what nobody foresaw is raised too, once that is settled.
         """
@@ -238,20 +246,25 @@ class Transactions:
             return
         journal = current.journal
         assert journal is not None  # noqa: S101  else it was settled at once
-        popped = None
         try:
-            popped = journal.pop()
-            if popped is None:
-                self._settle()
-            else:
-                current.dirty += self._restore(*popped)
+            if current.restoring is None:
+                popped = journal.pop()
+                if popped is None:
+                    self._settle()
+                    return
+                current.restoring = Restoring(self._keys, *popped)
+            current.dirty += current.restoring.step()
+            if current.restoring.is_done:
+                current.restoring = None
         except JournalDamagedError as damaged:
             # What lies below it is whole, and is set again all the same.
             current.dirty += damaged.frames
         except Exception:
-            current.dirty += [*journal.rest(), *([popped[0]] if popped else [])]
+            current.dirty += [*journal.rest(), *([current.restoring.frames] if current.restoring else [])]
             self._settle()
             raise
+        if len(current.dirty) > DIRTY_KEPT:
+            current.dirty = _joined(current.dirty, DIRTY_KEPT // 2)
 
     def outcome(self) -> LastWrite | None:
         """Say what became, or is becoming, of the last call that set a key."""
@@ -275,41 +288,6 @@ class Transactions:
         if self._open is None or self._open.owner is not owner:
             raise SkeydError(Reason.WORKER_FAILED, "this connection has no SetSkeys to go on with")
         return self._open
-
-    def _restore(self, frames: GfnRange, keys: bytes) -> list[GfnRange]:
-        # The frames that the old keys could not be set for. One frame can keep all others of its slice from their keys,
-        # so a slice that is refused is halved until each frame that can have its key has it.
-        dirty: list[GfnRange] = []
-        left = [(frames, keys)]
-        refusals = 0
-        while left:
-            frames, keys = left.pop()
-            try:
-                # Of these frames: another may have lost what the kernel needs to answer.
-                if not self._keys.read(frames, memoryview(bytearray(frames.count))):
-                    return []  # then not one was set
-                self._keys.write_checked(frames, keys, uses_keys=True)
-                continue
-            except SkeydError as error:
-                refusals += 1
-                if frames.count > 1 and error.reason is not Reason.VM_DEAD and refusals <= REFUSALS:
-                    half = frames.count // 2
-                    left.append((GfnRange(frames.start + half, frames.count - half), keys[half:]))
-                    left.append((GfnRange(frames.start, half), keys[:half]))
-                    continue
-            dirty += self._differing(frames, keys)
-        return dirty
-
-    def _differing(self, frames: GfnRange, keys: bytes) -> list[GfnRange]:
-        found = bytearray(frames.count)
-        try:
-            if not self._keys.read(frames, memoryview(found)):
-                return [frames]
-        except SkeydError:
-            return [frames]
-        # Both ways: the kernel took nothing, so an R or C too many may be that of a new key.
-        unequal = lost_runs(keys, found) + lost_runs(found, keys)
-        return [GfnRange(frames.start + index, length) for index, length in unequal]
 
     def _settle(self) -> None:
         # The end of a call without Commit, once all that can be done is done.
@@ -364,8 +342,8 @@ def _begun(state: str, done: Done) -> Begun:
     return Begun(state, done.keys_set, done.repaired, done.crc32, done.enabled)
 
 
-def _joined(ranges: list[GfnRange]) -> list[GfnRange]:
-    # Ascending, those that touch or overlap joined, and DIRTY_RANGES at most: the last reaches to the end of all.
+def _joined(ranges: list[GfnRange], most: int = DIRTY_RANGES) -> list[GfnRange]:
+    # Ascending, those that touch or overlap joined, and so many at most: the last reaches to the end of all.
     joined: list[GfnRange] = []
     for one in sorted(ranges):
         if joined and one.start <= joined[-1].end:
@@ -373,7 +351,7 @@ def _joined(ranges: list[GfnRange]) -> list[GfnRange]:
             joined[-1] = GfnRange(last.start, max(last.end, one.end) - last.start)
         else:
             joined.append(one)
-    if len(joined) > DIRTY_RANGES:
-        first = joined[DIRTY_RANGES - 1].start
-        joined[DIRTY_RANGES - 1 :] = [GfnRange(first, joined[-1].end - first)]
+    if len(joined) > most:
+        first = joined[most - 1].start
+        joined[most - 1 :] = [GfnRange(first, joined[-1].end - first)]
     return joined

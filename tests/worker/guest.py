@@ -76,9 +76,12 @@ class Stubborn(Recording):
         self.errno = errno.EFAULT
         self.blind: set[int] = set()
         """Frames that can't be read either."""
+        self.tried: list[GfnRange] = []
+        """What it was asked to set."""
 
     def set_skeys(self, start_gfn: int, buffer: memoryview) -> None:
         """Set the keys up to the first bad frame."""
+        self.tried.append(GfnRange(start_gfn, buffer.nbytes))
         for index in range(buffer.nbytes):
             if start_gfn + index in self.bad:
                 if index:

@@ -12,7 +12,7 @@ import pytest
 
 from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange
-from skeyd.worker import transactions
+from skeyd.worker import restoring, transactions
 from skeyd.worker.journal import Journal
 from skeyd.worker.keys import Keys
 from skeyd.worker.outcomes import DIRTY_RANGES
@@ -83,18 +83,99 @@ def test_a_first_frame_that_cant_be_read_keeps_no_other_from_its_old_key() -> No
     assert guest.read() == OLD
 
 
-def test_where_the_kernel_refuses_everything_it_is_not_asked_for_each_frame(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transactions, "REFUSALS", 20)
+def test_a_kernel_that_refuses_everything_is_asked_twice_a_frame_and_a_bounded_number_of_times_a_step() -> None:
     backend = Stubborn("7.2")
     guest = Guest(backend)
     guest.begin()
     guest.set(0, b"\x90" * FRAMES)
     backend.bad = set(range(FRAMES))
-    asked = len(backend.calls)
-    last = guest.settle()
+    begun = len(backend.tried)
+    guest.calls.abandon("a")
+    while guest.calls.rolling_back:
+        before = len(backend.tried)
+        guest.calls.step()
+        assert len(backend.tried) - before <= restoring.TRIES
+    last = guest.calls.outcome()
     assert last is not None
     assert last.dirty == (WHOLE,)
-    assert len(backend.calls) - asked < 200
+    assert len(backend.tried) - begun == 2 * FRAMES - 1
+
+
+@pytest.mark.parametrize("step", [2, 3, 64, 128])
+def test_however_many_frames_are_refused_all_others_have_their_old_keys(step: int) -> None:
+    backend = Stubborn("7.2")
+    guest = Guest(backend)
+    guest.begin()
+    guest.set(0, bytes((key ^ 0x40) & 0xF8 for key in OLD))
+    backend.bad = set(range(0, FRAMES, step))
+    last = guest.settle()
+    assert last is not None
+    found = guest.read()
+    assert {gfn for gfn in range(FRAMES) if found[gfn] != OLD[gfn]} == backend.bad
+    # As many as are told apart; beyond that the last range reaches to the end of all.
+    told = {gfn for one in last.dirty for gfn in range(one.start, one.end)}
+    assert told >= backend.bad
+    assert told == backend.bad or len(last.dirty) == DIRTY_RANGES
+
+
+def test_dirty_ranges_take_bounded_room_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transactions, "DIRTY_KEPT", 16)
+    backend = Stubborn("7.2")
+    guest = Guest(backend)
+    guest.begin()
+    guest.set(0, bytes((key ^ 0x40) & 0xF8 for key in OLD))
+    backend.bad = set(range(0, FRAMES, 2))
+    guest.calls.abandon("a")
+    while guest.calls.rolling_back:
+        guest.calls.step()
+        assert guest.calls._open is None or len(guest.calls._open.dirty) <= 16
+    last = guest.calls.outcome()
+    assert last is not None
+    assert backend.bad <= {gfn for one in last.dirty for gfn in range(one.start, one.end)}
+
+
+def test_a_file_that_cant_be_closed_well_is_no_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closes_badly(fd: int) -> None:
+        close(fd)
+        raise OSError(errno.EIO, "Input/output error")
+
+    close = os.close
+    monkeypatch.setattr("skeyd.worker.journal.MEMORY_BYTES", 0)
+    backend = Recording((0, 4))
+    keys = Keys(backend)
+    calls = Transactions(keys, lambda: os.open(tmp_path, os.O_TMPFILE | os.O_RDWR))
+    keys.write(WHOLE, OLD, allow_enable=True)
+    monkeypatch.setattr("skeyd.worker.journal.JOINED_KEYS", 1)
+    for commit in (False, True):
+        calls.begin("a", ROLL_BACK, False)
+        calls.set("a", WHOLE, b"\x90" * FRAMES, False)
+        with monkeypatch.context() as patched:
+            patched.setattr("skeyd.worker.journal.os.close", closes_badly)
+            if commit:
+                calls.commit("a", FRAMES, zlib.crc32(b"\x90" * FRAMES))
+            calls.abandon("a")
+            while calls.rolling_back:
+                calls.step()
+        last = calls.outcome()
+        assert last is not None
+        assert last.outcome == ("applied" if commit else "rolled_back")
+        calls.require_idle()
+
+
+def test_old_keys_take_no_more_room_than_a_byte_a_frame() -> None:
+    backend = Recording((0, 4))
+    guest = Guest(backend)
+    guest.begin()
+    guest.set(0, b"\x90" * (FRAMES - 1))
+    guest.set(5, b"\xa0")
+    sets = backend.sets()
+    with pytest.raises(SkeydError, match="more keys than the VM has frames"):
+        guest.set(5, b"\xb0")
+    assert backend.sets() == sets
+    last = guest.settle()
+    assert last is not None
+    assert last.outcome == "rolled_back"
+    assert guest.read() == OLD
 
 
 def test_a_vm_that_the_kernel_declared_dead_is_asked_once_a_slice() -> None:
