@@ -6,7 +6,7 @@ import mmap
 import os
 import socket
 
-from skeyd.errors import SkeydError
+from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange, Ranges
 from skeyd.linux import sealed_memfd
 from skeyd.storage_key import GFN_LIMIT
@@ -62,6 +62,11 @@ class FrontConnection:
             return Ranges(GfnRange(start, count) for start, count in RANGE.iter_unpack(pairs))
         except SkeydError as error:
             raise ProtocolError(error.message) from None
+
+    def require_heard(self) -> None:
+        """Raise a SkeydError, which nobody will hear, where the front has hung up: nobody wants what it asked for."""
+        if self.channel.is_ended():
+            raise SkeydError(Reason.WORKER_FAILED, "the front has hung up")
 
     def close(self) -> None:
         """Hang up, and give the memory back."""

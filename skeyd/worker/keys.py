@@ -7,7 +7,7 @@ and no other user of the ioctl looks.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
@@ -21,6 +21,10 @@ from skeyd.worker.backend import Backend
 
 REPAIRS: Final = 3
 """How often lost keys are set again. One is enough for every loss that was seen."""
+
+
+def _nobody_looks() -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +95,17 @@ class Keys:
         self.require_enabled(uses_keys, allow_enable)
         return self.write_checked(frames, keys, uses_keys)
 
-    def write_checked(self, frames: GfnRange, keys: bytes, uses_keys: bool) -> Written:
+    def write_checked(
+        self, frames: GfnRange, keys: bytes, uses_keys: bool, look: Callable[[], None] = _nobody_looks
+    ) -> Written:
         """Set keys that `check` has seen, of a guest that uses keys or may begin to, and prove it.
 
-        A SkeydError has the metadata "uncertain", the range of which some frames may have been set, and "enabled" where
-        the guest uses keys since.
+        `look` is called before each SET, and raises a SkeydError where there is to be no more. A SkeydError has the
+        metadata "uncertain", the range of which some frames may have been set, and "enabled" where the guest uses keys
+        since.
         """
         try:
-            repaired = self._set_verified(frames, keys)
+            repaired = self._set_verified(frames, keys, look)
         except SkeydError as error:
             error.metadata["uncertain"] = str(frames)
             with suppress(SkeydError):
@@ -108,10 +115,11 @@ class Keys:
             raise
         return Written(repaired, not uses_keys)
 
-    def _set_verified(self, frames: GfnRange, keys: bytes) -> int:
+    def _set_verified(self, frames: GfnRange, keys: bytes, look: Callable[[], None]) -> int:
         wanted = bytearray(keys)
         found = bytearray(len(keys))
         self._backend.prepare_set(frames.start, wanted)
+        look()
         self._set(frames, memoryview(wanted))
         self._read_back(frames, found)
         lost = lost_runs(wanted, found)
@@ -121,10 +129,12 @@ class Keys:
                 return repaired
             for index, length in lost:
                 part = GfnRange(frames.start + index, length)
+                look()
                 self._set(part, memoryview(wanted)[index : index + length])
             self._read_back(frames, found)
             lost = lost_runs(wanted, found)
-        # R that is still missing may be the guest's doing, which resets it as it likes; ACC and F are nobody else's.
+        # R that is still missing may be the guest's doing, which resets it as it likes. ACC and F are changed by SETs,
+        # and by a guest that runs and sets keys itself: its own take part in this race as in any (docs/design.md).
         wrong = differing_runs(wanted, found)
         if wrong:
             gfn = frames.start + wrong[0][0]

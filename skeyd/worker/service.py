@@ -278,7 +278,7 @@ class Service:
         self._captures.require_none()
         self._keys.take_longest()
         if self._transactions.owned_by(connection):
-            written = self._transactions.set(connection, frames, keys, allow_enable)
+            written = self._transactions.set(connection, frames, keys, allow_enable, connection.require_heard)
         else:
             self._transactions.require_idle()
             self._transactions.forget_kept()

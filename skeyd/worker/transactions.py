@@ -167,7 +167,9 @@ class Transactions:
         if applied is not None:
             _require_same(request_id, fingerprint, applied[0])
 
-    def set(self, owner: object, frames: GfnRange, keys: bytes, allow_enable: bool) -> Written:
+    def set(
+        self, owner: object, frames: GfnRange, keys: bytes, allow_enable: bool, look: Callable[[], None] = lambda: None
+    ) -> Written:
         """Set a slice of the owner's call, verified; before that, keep its old keys. As Keys.write, HOST_EXHAUSTED."""
         current = self._mine(owner)
         # Nothing that is refused before the kernel is asked may leave old keys to set again.
@@ -190,7 +192,7 @@ class Transactions:
         # Until it is known: whatever ends the write, the kernel may have set some of it.
         current.uncertain = [*_without(current.uncertain, frames), frames]
         try:
-            written = self._keys.write_checked(frames, keys, uses_keys)
+            written = self._keys.write_checked(frames, keys, uses_keys, look)
         except SkeydError as error:
             if error.metadata.get("enabled") == "true":
                 current.done = replace(current.done, enabled=True)

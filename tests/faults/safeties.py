@@ -187,6 +187,20 @@ SAFETIES: Final = (
         "worker/test_served_calls.py::test_what_a_front_has_asked_for_that_has_hung_up_is_not_done",
     ),
     Safety(
+        "no more of a slice is set for a front that has hung up",
+        "worker/keys.py",
+        "                look()\n",
+        "",
+        "worker/test_served_calls.py::test_a_front_that_hangs_up_in_the_middle_of_a_slice_has_no_more_of_it_set",
+    ),
+    Safety(
+        "each frame that the kernel takes has its old key again, however many it refuses",
+        "worker/restoring.py",
+        "if frames.count > 1 and",
+        "if frames.count > 16 and",
+        "worker/test_rollback.py::test_however_many_frames_are_refused_all_others_have_their_old_keys",
+    ),
+    Safety(
         "answers that a reader left are taken for no others",
         "vms/session.py",
         "        while self._unanswered and not self._is_lost:\n",

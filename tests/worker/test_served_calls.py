@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 
 from skeyd.errors import Reason, SkeydError
+from skeyd.gfn import GfnRange
 from skeyd.kvm.errors import KvmError
 from skeyd.worker import journal
 from skeyd.worker.protocol import BUFFER_KEYS, SOCKET
@@ -49,8 +50,8 @@ def _settled(front: Front) -> str:
 class Gated(Recording):
     """Waits before each SET, once it is told to; and says that it does."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *slots: tuple[int, int], kernel: str = "7.2") -> None:
+        super().__init__(*slots, kernel=kernel)
         self.gate = threading.Semaphore(0)
         self.reached = threading.Semaphore(0)
         self.gated = False
@@ -87,6 +88,29 @@ def test_who_reads_while_a_call_is_rolled_back_waits_for_no_more_than_a_slice_of
         assert _keys(other, others, 0, 12) == b"\x10" * 12
         backend.gated = False
         assert "ok" in _set(other, others, 0, b"\x20")
+
+
+def test_a_front_that_hangs_up_in_the_middle_of_a_slice_has_no_more_of_it_set(runtime_dir: Path) -> None:
+    # 15 keys are lost by the SET, one a MiB that was not touched before, and set again one by one.
+    whole = GfnRange(0, 4096)
+    backend = Gated((0, 16), kernel="4.19")
+    with serving(runtime_dir, backend), attached(runtime_dir) as (other, others):
+        assert "ok" in _set(other, others, 0, b"\x10")
+        with attached(runtime_dir) as (front, buffers):
+            front.ok(**BEGIN)
+            before = len(backend.sets())
+            backend.gated = True
+            buffers[: whole.count] = b"\x90" * whole.count
+            front.say(op="set", buffer=0, offset=0, start=0, count=whole.count, allow_enable=True)
+            assert backend.reached.acquire(timeout=SECONDS)
+            backend.gate.release()
+            assert backend.reached.acquire(timeout=SECONDS)
+        backend.gated = False
+        backend.gate.release()
+        assert _settled(other) == "rolled_back"
+        found = backend.sets()[before:]
+        assert (found[0], found[1].count, found[2]) == (whole, 1, whole), "and the last rolls back"
+        assert _keys(other, others, 0, whole.count) == b"\x10" + bytes(whole.count - 1)
 
 
 def test_what_a_front_has_asked_for_that_has_hung_up_is_not_done(runtime_dir: Path) -> None:
