@@ -103,7 +103,7 @@ RECEIVE_WINDOW_BYTES: Final = 262_144
 """Bytes that a client may send ahead of what a call has asked for: those of calls that wait for a thread are in
 memory. A chunk of the default size."""
 
-WORKER_START_SECONDS: Final = 30.0
+WORKER_START_SECONDS: Final = 45.0
 """How long a worker may take to make its VM."""
 
 WORKER_HELLO_SECONDS: Final = 5.0

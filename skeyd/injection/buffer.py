@@ -21,6 +21,8 @@ _PAGE: Final = 4096
 MARK: Final = b"skeyd: a buffer for calls; its owner is gone if you read this."
 """At the buffer's beginning, for whoever finds it."""
 _HEAD: Final = _PAGE
+_MOST: Final = 4 << 20
+"""Bytes of a buffer, its head included. What a process has noted to be more is no buffer: it can write there too."""
 
 _DISTANCE: Final = 1 << 20
 """Bytes to other mappings, so that the kernel joins it with none."""
@@ -51,6 +53,8 @@ class Buffer:
         """
         target = injection.target
         whole = _HEAD + -(-size // _PAGE) * _PAGE
+        if whole > _MOST:
+            raise ValueError(f"a buffer has {_MOST - _HEAD} bytes at most")
         start, left, owner = injection.note()
         if start:
             # This process's own is one that it could not close: it has one in a process at a time.
@@ -148,6 +152,8 @@ def _is_there(pid: int, start: int, size: int) -> bool:
     The kernel may have joined it with what the process has mapped beside it. Where it has no mark, it has to be a
     mapping of its own: something else that a process had mapped there, of the same size, would have been used.
     """
+    if not _HEAD < size <= _MOST or size % _PAGE or start % _PAGE:
+        return False
     for one in mappings(pid):
         if one.start <= start and start + size <= one.end and (one.access, one.inode, one.path) == ("rw-p", 0, ""):
             if memory.read(pid, start, len(MARK)) == MARK:

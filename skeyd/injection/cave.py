@@ -130,17 +130,13 @@ def _in_vdso(pid: int, everything: Sequence[Mapping]) -> Iterator[int]:
 
 
 def _in_files(pid: int, everything: Sequence[Mapping]) -> Iterator[int]:
-    starts = {(one.device, one.inode, one.start): one for one in everything if one.inode and one.offset == 0}
-    for code in everything:
-        if code.access != "r-xp" or not code.inode:
-            continue
-        below = [
-            start
-            for device, inode, start in starts
-            if (device, inode) == (code.device, code.inode) and start <= code.start
-        ]
-        if below:
-            end = _end_of_code(pid, starts[code.device, code.inode, max(below)], code)
+    heads: dict[tuple[str, int], Mapping] = {}
+    for code in everything:  # ascending
+        if code.inode and code.offset == 0:
+            heads[code.device, code.inode] = code
+        head = heads.get((code.device, code.inode))
+        if code.access == "r-xp" and code.inode and head is not None:
+            end = _end_of_code(pid, head, code)
             if end is not None and code.end - end >= SIZE:
                 yield code.end - SIZE
 

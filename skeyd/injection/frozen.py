@@ -84,6 +84,11 @@ class Frozen:
                 continue
             try:
                 tracee = Tracee.seize(self._target.pid, tid)
+                if not proc.status(self._target.pid, tid):
+                    # The thread had ended, and its number is another process's: that one is none of ours.
+                    tracee.stop(self._deadline)
+                    _let_go(tracee)
+                    continue
                 self._others[tid] = tracee
                 tracee.interrupt()
             except GoneError:

@@ -6,6 +6,7 @@ import errno
 import signal
 import time
 from contextlib import suppress
+from dataclasses import replace
 from types import TracebackType
 from typing import Final, Self
 
@@ -26,6 +27,8 @@ from skeyd.injection.tracee import Stop, Tracee
 FOREVER: Final = float("inf")
 
 _FAULTS: Final = frozenset((signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP, signal.SIGSYS))
+# BUS_MCEERR_AO and TRAP_PERF: include/uapi/asm-generic/siginfo.h @ v6.12
+_NOT_AT_ONCE: Final = frozenset(((signal.SIGBUS, 5), (signal.SIGTRAP, 6)))
 _MOST_ERRNO: Final = 4095
 
 
@@ -64,8 +67,9 @@ class Injection:
             self.target.check()
             if not proc.status(self.target.pid, tid):
                 raise GoneError(tid, f"{tid} is no thread of process {self.target.pid}")
-            self._tracee.stop(self._deadline)
+            # Before it is stopped: to look through the mappings of a large process takes longer than all else.
             self._cave = Cave.find(self.target.pid, self._machine)
+            self._tracee.stop(self._deadline)
             self._leave_stub(self._cave)
             self._hold()
             self._cave.write_stub(tid)
@@ -99,9 +103,14 @@ class Injection:
         """
         tracee = self._held()
         cave = self._stub()
+        wanted = call
         while True:
             saved = self._hold()
             try:
+                if wanted.in_block:
+                    # Each time: where a signal has come the block lies elsewhere now.
+                    memory.write(self.target.pid, self._block, wanted.in_block)
+                    call = replace(wanted, arguments=(self._block,))
                 self._machine.enter(tracee.tid, saved, cave.address, self._block, call)
             except OSError as error:
                 tracee.failed(error)
@@ -109,6 +118,7 @@ class Injection:
             result = self._result(tracee, call)
             if result is not None:
                 return result
+            self._require_time(f"{call.name}, which signals interrupt again and again")
 
     def ioctl(self, fd: int, request: int, argument: int = 0) -> int:
         """Make an ioctl on a descriptor of the process; `argument` is a number, or an address there.
@@ -123,10 +133,7 @@ class Injection:
 
     def mmap(self, address: int, size: int, protection: int, flags: int) -> int:
         """Map private anonymous memory, and return where. Errors as ioctl."""
-        self._hold()
-        call, wanted = self._machine.mmap(address, size, protection, flags, self._block)
-        memory.write(self.target.pid, self._block, wanted)
-        return self.checked(call) & WORD
+        return self.checked(self._machine.mmap(address, size, protection, flags)) & WORD
 
     def checked(self, call: Call) -> int:
         """As `call`, with an errno as RefusedError."""
@@ -171,6 +178,7 @@ class Injection:
                 self._machine.rescue(tracee.tid, block)
                 return
             # Some ten instructions; it is let go on before it is asked to stop, else it would not come to run one.
+            self._require_time("to get out of the stub")
             tracee.go_on()
             tracee.stop(self._deadline)
 
@@ -184,6 +192,7 @@ class Injection:
         try:
             while rseq.is_inside(self.target.pid, tracee.tid, self._machine.place(tracee.tid)[0]):
                 # Having stopped there is enough for the kernel to take it out of it.
+                self._require_time("to leave a restartable sequence")
                 tracee.go_on()
                 self._stop_or_end(tracee)
             info = ptrace.get_syscall_info(tracee.tid)
@@ -204,6 +213,14 @@ class Injection:
             ) from error
         self._saved, self._block, self._below = saved, block, below
         return saved
+
+    def _require_time(self, what: str) -> None:
+        """Let the thread go where the time is over: a process may do its worst to be held for ever. TimedOutError."""
+        if time.monotonic() < self._deadline:
+            return
+        tid = self._held().tid
+        self._end()
+        raise TimedOutError(tid, f"thread {tid} took longer than {self._seconds} s {what}")
 
     def _stop_or_end(self, tracee: Tracee) -> None:
         try:
@@ -259,7 +276,8 @@ class Injection:
             _, code = ptrace.get_siginfo(tracee.tid)
         except OSError as error:
             tracee.failed(error)
-        return code > 0  # otherwise somebody has sent it
+        # Otherwise somebody has sent it, or it tells of something else: memory elsewhere that is broken, a counter.
+        return code > 0 and (number, code) not in _NOT_AT_ONCE
 
     def _keep_faults(self, tracee: Tracee, number: int, call: Call) -> None:
         if not self._is_fault(tracee, number):

@@ -55,8 +55,8 @@ class Machine(Protocol):
     def block_size(self) -> int:
         """Bytes of a block."""
 
-    def mmap(self, address: int, size: int, protection: int, flags: int, block: int) -> tuple[Call, bytes]:
-        """Return the call that maps private anonymous memory, and what it wants written at the block's address."""
+    def mmap(self, address: int, size: int, protection: int, flags: int) -> Call:
+        """Return the call that maps private anonymous memory."""
 
 
 MACHINES: Final[dict[str, Machine]] = {x86_64.NAME: x86_64, s390x.NAME: s390x}

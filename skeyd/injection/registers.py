@@ -50,3 +50,6 @@ class Call:
     name: str
     number: int
     arguments: tuple[int, ...]
+    in_block: bytes = b""
+    """What the call reads from memory, if it does: it is written to the block's beginning each time that the call is
+    made, and its address there is the one argument."""

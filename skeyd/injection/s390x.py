@@ -164,9 +164,9 @@ def is_interrupted(tid: int) -> bool:
     return system_call != bytes(_SYSTEM_CALL_SIZE) and signed(values[2 + 2]) in INTERRUPTED
 
 
-def mmap(address: int, size: int, protection: int, flags: int, block: int) -> tuple[Call, bytes]:
+def mmap(address: int, size: int, protection: int, flags: int) -> Call:
     """One argument: the address of the six, in the part of the frame that is for callees."""
-    return Call("mmap", MMAP, (block,)), struct.pack("=6Q", address, size, protection, flags, WORD, 0)
+    return Call("mmap", MMAP, (), struct.pack("=6Q", address, size, protection, flags, WORD, 0))
 
 
 def block_size() -> int:

@@ -174,7 +174,8 @@ def _reap(tid: int) -> None:
 def _refused(pid: int, tid: int, error: OSError) -> NoReturn:
     if error.errno == errno.ESRCH:
         raise GoneError(tid, f"there is no thread {tid}") from error
-    if error.errno != errno.EPERM:
+    # A security module says EACCES (SELinux: avc_has_perm() @ v6.12).
+    if error.errno not in (errno.EPERM, errno.EACCES):
         raise InjectionError(tid, f"PTRACE_SEIZE of thread {tid}: {error.strerror}") from error
     status = proc.status(pid, tid)
     if status.get("State", "Z")[0] in "ZX":

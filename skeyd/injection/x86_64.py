@@ -119,10 +119,9 @@ def is_interrupted(tid: int) -> bool:
     return signed(registers["orig_rax"]) >= 0 and signed(registers["rax"]) in INTERRUPTED
 
 
-def mmap(address: int, size: int, protection: int, flags: int, block: int) -> tuple[Call, bytes]:
+def mmap(address: int, size: int, protection: int, flags: int) -> Call:
     """Six arguments in registers."""
-    del block
-    return Call("mmap", MMAP, (address, size, protection, flags, WORD, 0)), b""
+    return Call("mmap", MMAP, (address, size, protection, flags, WORD, 0))
 
 
 def block_size() -> int:

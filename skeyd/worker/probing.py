@@ -29,6 +29,11 @@ LONG_SECONDS: Final = 0.005
 """A GET that takes so long isn't made any longer: it keeps the guest from the kernel's lock."""
 
 
+PROBING_SECONDS: Final = 20.0
+"""How long it is looked for memory: less than a front waits for a worker to begin, with what there is to do before and
+after that. Whoever is killed for having been too slow leaves its buffer in the process."""
+
+
 class Probed(Protocol):
     """A VM that can be asked whether frames are in its memory slots. SkeydErrors are its own."""
 
@@ -39,11 +44,32 @@ class Probed(Protocol):
         """Return the first of these frames that is; None where none is."""
 
 
-def find_memory(vm: Probed) -> tuple[SlotSpec, ...]:
+class _Timed:
+    # A Probed that is asked for so many seconds.
+    def __init__(self, vm: Probed, seconds: float) -> None:
+        self._vm = vm
+        self._seconds = seconds
+        self._end = time.monotonic() + seconds
+
+    def holds(self, frames: GfnRange) -> bool:
+        self._require_time()
+        return self._vm.holds(frames)
+
+    def first_held(self, gfns: Sequence[int]) -> int | None:
+        self._require_time()
+        return self._vm.first_held(gfns)
+
+    def _require_time(self) -> None:
+        if time.monotonic() >= self._end:
+            raise unknown(f"it was not all found in {self._seconds:g} s")
+
+
+def find_memory(vm: Probed, seconds: float = PROBING_SECONDS) -> tuple[SlotSpec, ...]:
     """Find the memory slots of a guest that uses storage keys. Slots that touch are one here.
 
-    SkeydError VMM_MEMORY_UNKNOWN where there is none, or it is in more parts than a VM may have.
+    SkeydError VMM_MEMORY_UNKNOWN where there is none, it is in more parts than a VM may have, or it takes too long.
     """
+    vm = _Timed(vm, seconds)
     found: list[GfnRange] = []
     start = 0 if vm.holds(GfnRange(0, 1)) else _next(vm, 0)
     while start is not None:

@@ -14,8 +14,11 @@ from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange, Ranges
 from skeyd.injection.vm import ForeignVm
 from skeyd.kvm.errors import KvmError
+from skeyd.limits import WORKER_START_SECONDS
 from skeyd.worker import probing, vmm_memory
-from skeyd.worker.probing import FAR, GIB_FRAMES, HIGHEST, MIB_FRAMES, NEAR, find_memory
+from skeyd.worker.adopting import ADOPT_SECONDS
+from skeyd.worker.adoption import HOLD_MAX_MS
+from skeyd.worker.probing import FAR, GIB_FRAMES, HIGHEST, MIB_FRAMES, NEAR, PROBING_SECONDS, find_memory
 from skeyd.worker.protocol import MAX_MEMORY, MAX_MEMORY_SLOTS, SLICE_KEYS, SlotSpec
 from tests.examples import examples
 
@@ -49,6 +52,21 @@ class Space:
 
 def found(parts: Parts) -> Parts:
     return [(slot.guest_phys_addr >> 12, slot.size >> 12) for slot in find_memory(Space(parts))]
+
+
+def test_what_is_not_found_in_time_is_unknown_and_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = Space([(0, GIB_FRAMES)])
+    clock = iter(range(10_000))
+    monkeypatch.setattr("skeyd.worker.probing.time.monotonic", lambda: next(clock))
+    with pytest.raises(SkeydError, match="it was not all found in 9 s; name its memory slots") as refused:
+        find_memory(space, 9)
+    assert refused.value.reason is Reason.VMM_MEMORY_UNKNOWN
+    assert 0 < space.calls < 9
+
+
+def test_a_worker_that_looks_for_memory_ends_before_it_is_ended() -> None:
+    # With QEMU's word beforehand, and a slice at the end of the time, held for as long as it may.
+    assert ADOPT_SECONDS + PROBING_SECONDS + HOLD_MAX_MS / 1000 < WORKER_START_SECONDS
 
 
 @st.composite
@@ -138,7 +156,7 @@ def test_a_get_that_takes_long_is_not_made_any_longer(monkeypatch: pytest.Monkey
             asked.append(frames.count)
             return super().holds(frames)
 
-    find_memory(Slow([(0, 100 * MIB_FRAMES)]))
+    find_memory(Slow([(0, 100 * MIB_FRAMES)]), seconds=1 << 20)
     assert max(asked) == MIB_FRAMES
 
 
