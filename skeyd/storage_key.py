@@ -26,7 +26,8 @@ CHANGED = 0x02
 RESERVED = 0x01
 
 STABLE_MASK = ACC_MASK | FETCH_PROTECTION
-"""The bits that only a SET changes. The guest, and up to Linux 6.19 the host, set R and C by touching the frame."""
+"""The bits that only a SET changes, and a guest that runs and sets keys itself. A guest, and up to Linux 6.19 the host,
+set R and C by touching the frame."""
 
 _RUN = re.compile(rb"(.)\1*", re.DOTALL)
 _MARKS = b"\0" + b"\1" * 255

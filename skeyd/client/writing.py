@@ -48,6 +48,9 @@ class SetOptions:
     """Names the request: it may be sent again, and is applied once. 1 to 128 printable ASCII characters."""
     resume: bool = False
     """Go on with the call of this request_id that had `keep` and was cut. The chunks are all of them once more."""
+    incarnation: str = ""
+    """The VM that is meant, by its worker's incarnation: what is sent again is never applied to another that has its
+    name by then (ClientError VM_REPLACED). Empty: any."""
     expected: KeysDigest | None = None
     """What the keys of the ranges must be before anything is set."""
     resulting: KeysDigest | None = None
@@ -106,6 +109,7 @@ class SetCall:
             resume=options.resume,
             expected_digest=_digest_message(options.expected),
             resulting_digest=_digest_message(options.resulting),
+            incarnation=options.incarnation,
         )
         set_slice_time(header, options.slice_seconds)
         yield pb.SetSkeysRequest(header=header)

@@ -12,6 +12,7 @@ from skeyd.rpc import consistency, convert
 from skeyd.rpc.calls import note
 from skeyd.rpc.chunks import write_down
 from skeyd.rpc.ending import Call, hanging_up
+from skeyd.rpc.incarnation import require_incarnation
 from skeyd.rpc.slots import CallSlots
 from skeyd.storage_key import FRAME_SIZE
 from skeyd.v1 import storage_key_service_pb2 as pb
@@ -58,13 +59,8 @@ def _parts(
     session: Session, request: pb.GetSkeysRequest, asked: _Asked
 ) -> Generator[pb.GetSkeysResponse | bytes, None, None]:
     hello = session.hello
-    if asked.resume is not None and asked.resume.incarnation != hello.incarnation:
-        raise SkeydError(
-            Reason.VM_REPLACED,
-            f"the {request.vm} to be resumed had the incarnation {asked.resume.incarnation[:64]!r}; the one that is "
-            f"here has {hello.incarnation}",
-            {"vm": request.vm, "incarnation": hello.incarnation},
-        )
+    if asked.resume is not None:
+        require_incarnation(hello, request.vm, asked.resume.incarnation)
     ranges = check_ranges(session.memory_map, asked.ranges)
     keys, gap_frames, crc32, start_at = 0, 0, 0, None
     if asked.resume is not None:

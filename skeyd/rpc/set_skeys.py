@@ -17,6 +17,7 @@ from skeyd.rpc import convert
 from skeyd.rpc.audit import note_vmm
 from skeyd.rpc.calls import note
 from skeyd.rpc.ending import hanging_up, require_active
+from skeyd.rpc.incarnation import require_incarnation
 from skeyd.rpc.slots import CallSlots
 from skeyd.v1 import storage_key_service_pb2 as pb
 from skeyd.vms.registry import Registry
@@ -50,6 +51,8 @@ def set_skeys(
         note_vmm(session.hello.vmm)
         writing = KeyWriting(session, ranges, options, partial(require_active, context))
         with writing.told():
+            if header.incarnation:
+                require_incarnation(session.hello, header.vm, header.incarnation)
             if not writing.begin():
                 note(replayed=True)
                 yield pb.SetSkeysResponse(result=_result(writing.progress, options))
@@ -135,6 +138,10 @@ def _fingerprint(header: pb.SetSkeysRequest.Header) -> str:
     asked.ClearField("resume")
     asked.ClearField("max_slice_time")
     asked.ClearField("validate_only")
+    asked.ClearField("incarnation")
+    if asked.on_interrupt == pb.ON_INTERRUPT_ROLL_BACK:
+        # That is what it is where nothing is said, which is how clients of other languages may put it.
+        asked.ClearField("on_interrupt")
     return hashlib.sha256(asked.SerializeToString(deterministic=True)).hexdigest()
 
 

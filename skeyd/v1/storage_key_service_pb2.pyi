@@ -456,6 +456,7 @@ class SetSkeysRequest(google.protobuf.message.Message):
         RESULTING_DIGEST_FIELD_NUMBER: builtins.int
         RESUME_FIELD_NUMBER: builtins.int
         MAX_SLICE_TIME_FIELD_NUMBER: builtins.int
+        INCARNATION_FIELD_NUMBER: builtins.int
         vm: builtins.str
         """"vms/{vm}"."""
         allow_enable: builtins.bool
@@ -478,6 +479,11 @@ class SetSkeysRequest(google.protobuf.message.Message):
         """
         resume: builtins.bool
         """Go on with the call of this request_id that was cut and KEPT; the header is otherwise as before. Begun says where."""
+        incarnation: builtins.str
+        """The VM that is meant, by its worker's incarnation (GetVm, a GetSkeys header, Begun): where another has its name
+        ABORTED VM_REPLACED, and nothing is set. A request that is sent again has it, or it is applied to whichever guest
+        is there by then. Not part of what a request_id stands for. Empty: any.
+        """
         @property
         def ranges(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[skeyd.v1.vm_pb2.GfnRange]:
             """The frames to be set, ascending and apart, 1 to 16,384 ranges. Every frame must be in a memory slot."""
@@ -509,9 +515,10 @@ class SetSkeysRequest(google.protobuf.message.Message):
             resulting_digest: global___KeysDigest | None = ...,
             resume: builtins.bool = ...,
             max_slice_time: google.protobuf.duration_pb2.Duration | None = ...,
+            incarnation: builtins.str = ...,
         ) -> None: ...
         def HasField(self, field_name: typing.Literal["expected_digest", b"expected_digest", "max_slice_time", b"max_slice_time", "resulting_digest", b"resulting_digest"]) -> builtins.bool: ...
-        def ClearField(self, field_name: typing.Literal["allow_enable", b"allow_enable", "expected_digest", b"expected_digest", "max_slice_time", b"max_slice_time", "on_interrupt", b"on_interrupt", "ranges", b"ranges", "request_id", b"request_id", "resulting_digest", b"resulting_digest", "resume", b"resume", "validate_only", b"validate_only", "vm", b"vm"]) -> None: ...
+        def ClearField(self, field_name: typing.Literal["allow_enable", b"allow_enable", "expected_digest", b"expected_digest", "incarnation", b"incarnation", "max_slice_time", b"max_slice_time", "on_interrupt", b"on_interrupt", "ranges", b"ranges", "request_id", b"request_id", "resulting_digest", b"resulting_digest", "resume", b"resume", "validate_only", b"validate_only", "vm", b"vm"]) -> None: ...
 
     @typing.final
     class Commit(google.protobuf.message.Message):

@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from skeyd.v1 import storage_key_service_pb2 as pb
-from skeyd.v1 import vm_pb2
+from skeyd.v1 import vm_pb2, vm_service_pb2
 from tests.rpc.fixtures import NewVm
 from tests.rpc.setting import APPLIED, BAD_CHUNKS, BEFORE, GOOD, INVALID, BadChunk, assert_told
 from tests.rpc.stubs import (
@@ -88,7 +88,6 @@ def test_a_request_that_was_applied_is_answered_again_and_not_applied_again(stub
         {"ranges": [(0x100, 4), (0x104, 4)]},
         {"allow_enable": False},
         {"on_interrupt": KEEP},
-        {"on_interrupt": pb.ON_INTERRUPT_ROLL_BACK},
         {"expected_digest": pb.KeysDigest(sha256=bytes(32))},
         {"resulting_digest": pb.KeysDigest(sha256=bytes(32))},
     ],
@@ -230,3 +229,47 @@ def test_there_is_nothing_to_go_on_with_once_somebody_else_has_set_keys(
     cut()
     stubs.send(header(vm, (0x500, 8)), chunk(0x500, GOOD))  # rolled back, and all the same
     assert_nothing()
+
+
+def test_a_header_that_says_what_holds_where_nothing_is_said_is_the_same_request(stubs: Stubs, vm: str) -> None:
+    name = f"said-{new_id()}"
+    first = stubs.set(vm, [(0x100, GOOD)], request_id=name)
+    incarnation = stubs.look_at(vm).incarnation
+    request = header(
+        vm,
+        (0x100, 8),
+        allow_enable=True,
+        request_id=name,
+        on_interrupt=pb.ON_INTERRUPT_ROLL_BACK,
+        incarnation=incarnation,
+    )
+    answers, error = stubs.send(request, chunk(0x100, GOOD), commit())
+    assert error is None
+    assert [answer.result for answer in answers] == [first]
+
+
+@pytest.mark.parametrize("validate_only", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_is_sent_again_is_never_applied_to_another_vm_of_that_name(
+    stubs: Stubs, keep: bool, validate_only: bool
+) -> None:
+    vm_id = new_id()
+    made = stubs.create(vm_id, (0, 4))
+    vm, meant = made.name, made.incarnation
+    fields: dict[str, Any] = {"allow_enable": True, "request_id": "again", "incarnation": meant}
+    if keep:
+        fields["on_interrupt"] = KEEP
+    answers, error = stubs.send(header(vm, (0, 8), **fields), chunk(0, GOOD), commit())
+    assert error is None
+    assert answers[-1].WhichOneof("part") == "result"
+    stubs.vms.DeleteVm(vm_service_pb2.DeleteVmRequest(name=vm))
+    again = stubs.create(vm_id, (0, 4)).incarnation
+    assert again != meant
+    answers, error = stubs.send(header(vm, (0, 8), validate_only=validate_only, **fields), chunk(0, GOOD), commit())
+    assert error is not None
+    assert (error.code, error.reason) == (grpc.StatusCode.ABORTED, "VM_REPLACED")
+    assert error.metadata["outcome"] == "UNCHANGED"
+    assert error.metadata["incarnation"] == again
+    assert answers == []
+    assert not stubs.look_at(vm).uses_storage_keys
+    stubs.vms.DeleteVm(vm_service_pb2.DeleteVmRequest(name=vm))
