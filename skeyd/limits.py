@@ -96,6 +96,12 @@ CROWDED_REQUEST_SECONDS: Final = 1.0
 IDLE_SECONDS: Final = 60.0
 """How long a stream may wait for its client, to send its next message or to take one; then it is cut."""
 
+KEEPALIVE_SECONDS: Final = 30.0
+"""After so long without a word from its peer a daemon or a client asks whether it is there."""
+
+KEEPALIVE_TIMEOUT_SECONDS: Final = 10.0
+"""And after so long without an answer it takes the connection for lost: its calls end, UNAVAILABLE at a client."""
+
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
 """Most bytes in a message from a client."""
 

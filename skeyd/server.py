@@ -185,8 +185,10 @@ class Daemon:
                 ("grpc.http2.bdp_probe", 0),
                 ("grpc.http2.lookahead_bytes", limits.RECEIVE_WINDOW_BYTES),
                 # A peer that vanished without a word holds its VM's writer lock until this finds out.
-                ("grpc.keepalive_time_ms", 30_000),
-                ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.keepalive_time_ms", int(limits.KEEPALIVE_SECONDS * 1000)),
+                ("grpc.keepalive_timeout_ms", int(limits.KEEPALIVE_TIMEOUT_SECONDS * 1000)),
+                # Clients ask too; by itself gRPC takes more than one question in five minutes for an attack.
+                ("grpc.http2.min_ping_interval_without_data_ms", int(limits.KEEPALIVE_SECONDS * 1000 / 2)),
             ],
         )
         host_service_pb2_grpc.add_HostServiceServicer_to_server(self._host, server)

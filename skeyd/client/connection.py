@@ -9,6 +9,7 @@ from typing import Final, Self
 
 import grpc
 
+from skeyd import limits
 from skeyd.client.digesting import Digest, digest_of, digest_request
 from skeyd.client.errors import ClientError, client_error, translated
 from skeyd.client.freezing import require_frozen, set_frozen
@@ -47,6 +48,13 @@ def connect(target: str | None = None) -> Client:
         ("grpc.enable_http_proxy", 0),
         # Only none: what comes packed is unpacked before its size is looked at, by grpcio up to 1.51.
         ("grpc.compression_enabled_algorithms_bitset", 1),
+        # A stream has no deadline of its own, and a daemon that is stopped, or a host that is gone, says nothing.
+        ("grpc.keepalive_time_ms", int(limits.KEEPALIVE_SECONDS * 1000)),
+        ("grpc.keepalive_timeout_ms", int(limits.KEEPALIVE_TIMEOUT_SECONDS * 1000)),
+        ("grpc.http2.max_pings_without_data", 0),  # as many as it takes
+        # Where gRPC has asked for something else (how fast the connection is) it asks nothing more until that is
+        # answered, which it would wait a minute for (seen with 1.85).
+        ("grpc.http2.ping_timeout_ms", int(limits.KEEPALIVE_TIMEOUT_SECONDS * 1000)),
     ]
     return Client(grpc.insecure_channel(target or default_target(), options))
 

@@ -179,7 +179,8 @@ def test_a_signal_that_only_ppoll_lets_through_gets_through() -> None:
 def test_a_signal_in_the_middle_of_a_call_is_delivered_and_the_call_made_again() -> None:
     with Victim("loop") as victim, Target(victim.pid) as target:
         empty = next_pipe(victim.pid)
-        with Injection(target, seconds=1) as injection:
+        # As long as a machine that is slow takes to see that it waits.
+        with Injection(target, seconds=3) as injection:
             buffer = Buffer.open(injection, 16)
             pid = os.fork()
             if pid == 0:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
@@ -61,22 +61,25 @@ def owner() -> Iterator[Owner]:
         yield Owner(victim, target, vm)
 
 
+def answer(call: Callable[[int, memoryview], object], start_gfn: int, keys: memoryview) -> Any:
+    """Return what it returned, or how it was refused."""
+    try:
+        return call(start_gfn, keys)
+    except KvmError as error:
+        return error.ioctl, error.errno, error.returned
+
+
 def test_calls_answer_as_they_do_to_the_owner(owner: Owner) -> None:
     keys = memoryview(bytearray(b"\x10" * 4))
     with owner.foreign() as foreign, Kvm() as kvm, kvm.create_vm() as own:
         for capability in (abi.KVM_CAP_NR_MEMSLOTS, abi.KVM_CAP_S390_SKEYS, abi.KVM_CAP_S390_KEYOP):
             assert foreign.check_extension(capability) == own.check_extension(capability)
-        for call in ("get_skeys", "set_skeys"):
-            with pytest.raises(KvmError) as theirs:
-                getattr(own, call)(1 << 40, keys)
-            with pytest.raises(KvmError) as found:
-                getattr(foreign, call)(1 << 40, keys)
-            assert (found.value.ioctl, found.value.errno, found.value.returned) == (
-                theirs.value.ioctl,
-                theirs.value.errno,
-                theirs.value.returned,
-            )
-            assert (found.value.errno == errno.ENOTTY) == X86
+        for call in ("get_skeys", "set_skeys", "get_skeys"):
+            theirs = answer(getattr(own, call), 1 << 40, keys)
+            assert answer(getattr(foreign, call), 1 << 40, keys) == theirs
+            # On s390x GET succeeds whatever it is asked for, as long as the guest uses no keys.
+            assert isinstance(theirs, tuple) or (call == "get_skeys" and not X86)
+            assert not X86 or theirs[1] == errno.ENOTTY
     assert keys == b"\x10" * 4
 
 
@@ -111,8 +114,9 @@ def test_no_more_keys_are_asked_for_than_the_buffer_holds(owner: Owner) -> None:
         for call in (foreign.get_skeys, foreign.set_skeys):
             with pytest.raises(ValueError, match=f"{MOST + 1} keys are more"):
                 call(0, memoryview(bytearray(MOST + 1)))
-            with pytest.raises(KvmError):
-                call(0, memoryview(bytearray(MOST)))
+            # So many get to the kernel.
+            found = answer(call, 0, memoryview(bytearray(MOST)))
+            assert isinstance(found, tuple) or (found is False and not X86)
 
 
 def test_a_process_that_ends_is_told_of_and_closing_is_fine_then(owner: Owner) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -13,6 +12,7 @@ import pytest
 from skeyd.v1 import storage_key_service_pb2 as pb
 from skeyd.v1 import vm_pb2
 from tests.daemon import DaemonProcess
+from tests.rpc import impatient
 from tests.rpc.stubs import KEEP, SetStream, Stubs, chunk, commit, header, new_id, some_keys
 
 OLD: Final = some_keys(512)
@@ -20,9 +20,9 @@ NEW: Final = bytes(key ^ 0x40 for key in OLD)
 
 
 @pytest.fixture
-def impatient(runtime_dir: Path) -> Iterator[DaemonProcess]:
+def waiting(runtime_dir: Path) -> Iterator[DaemonProcess]:
     """Run a daemon that waits for a second."""
-    daemon = DaemonProcess(runtime_dir, (sys.executable, str(Path(__file__).with_name("impatient.py"))))
+    daemon = DaemonProcess(runtime_dir, impatient.through(1.0, 30.0))
     try:
         daemon.start()
         yield daemon
@@ -33,9 +33,9 @@ def impatient(runtime_dir: Path) -> Iterator[DaemonProcess]:
 @pytest.mark.parametrize("after", ["header", "chunk"])
 @pytest.mark.parametrize("keep", [False, True], ids=["roll-back", "keep"])
 def test_a_writer_that_says_nothing_more_is_cut_and_what_it_set_is_as_it_asked(
-    impatient: DaemonProcess, after: str, keep: bool
+    waiting: DaemonProcess, after: str, keep: bool
 ) -> None:
-    with Stubs(impatient.target) as stubs:
+    with Stubs(waiting.target) as stubs:
         vm = stubs.create("web", (0, 4)).name
         stubs.set(vm, [(0, OLD)])
         with SetStream(stubs) as stream:
@@ -46,7 +46,7 @@ def test_a_writer_that_says_nothing_more_is_cut_and_what_it_set_is_as_it_asked(
             with pytest.raises(grpc.RpcError) as caught:
                 next(stream.call)
             assert caught.value.code() == grpc.StatusCode.CANCELLED
-        line = impatient.wait_for_line("rpc", method="/skeyd.v1.StorageKeyService/SetSkeys", code="CANCELLED")
+        line = waiting.wait_for_line("rpc", method="/skeyd.v1.StorageKeyService/SetSkeys", code="CANCELLED")
         assert line["stalled"] is True
         stays = after == "chunk" and keep
         # Nobody is kept from setting keys, for no longer than it takes to roll back.
@@ -59,8 +59,8 @@ def test_a_writer_that_says_nothing_more_is_cut_and_what_it_set_is_as_it_asked(
         assert stubs.get(vm, (0, 512)).keys == (NEW[:256] + OLD[256:] if stays else OLD)
 
 
-def test_a_writer_that_says_something_in_time_is_not_cut(impatient: DaemonProcess) -> None:
-    with Stubs(impatient.target) as stubs:
+def test_a_writer_that_says_something_in_time_is_not_cut(waiting: DaemonProcess) -> None:
+    with Stubs(waiting.target) as stubs:
         vm = stubs.create("web", (0, 4)).name
         stubs.set(vm, [(0, OLD)])
         with SetStream(stubs) as stream:
