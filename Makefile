@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 UNIT_SUITE := tests/emulated/test_unit_suite.py
 INJECTION := tests/emulated/test_injection.py
-ADOPTION := tests/emulated/test_adoption.py
+ADOPTION := tests/emulated/test_adoption.py tests/emulated/test_calls.py
 
 # grpcio-tools 1.62.3 has wheels for Python 3.11 and 3.12 only, and can't share an environment with protobuf >= 5.
 PROTO_PYTHON ?= $(firstword $(foreach python,python3.12 python3.11 python3,\

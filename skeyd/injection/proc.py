@@ -59,8 +59,18 @@ def myself() -> int:
 
 
 def is_alive(owner: int) -> bool:
-    """Whether the process lives that a number stands for."""
+    """Whether the process lives that a number stands for, or may: /proc can hide those of other users (hidepid)."""
+    pid = owner & 0xFFFFFFFF
     try:
-        return start_time(owner & 0xFFFFFFFF) & 0xFFFFFFFF == owner >> 32
+        return start_time(pid) & 0xFFFFFFFF == owner >> 32
+    except PermissionError:
+        return True
     except (FileNotFoundError, ProcessLookupError):
-        return False
+        pass
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        pass
+    return False

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from skeyd.errors import Reason, SkeydError
+from skeyd.errors import Reason, SkeydError, exhausted
 from skeyd.gfn import GfnRange, MemoryMap
 from skeyd.injection.errors import GoneError, InjectionError, NotAllowedError, TimedOutError, UnsupportedError
 from skeyd.injection.target import VM_LINK, Target
@@ -53,6 +53,12 @@ class AdoptedVm:
             # Calls may have been made in it by now, and who was to be adopted is written down whatever came of it.
             error.metadata.update(process.to_metadata() if process else {})
             raise
+        except OSError as error:
+            failed = exhausted(error) or SkeydError(
+                Reason.VMM_UNSUITABLE, f"the VM's process can't be used: {error.strerror or error}"
+            )
+            failed.metadata.update(process.to_metadata() if process else {})
+            raise failed from error
 
     print_keys: None = None
     """Its keys are read slice by slice."""

@@ -1,0 +1,29 @@
+"""Calls in other processes, on real s390x kernels: what `make test` has of tests/injection, on one of each generation.
+
+`make test-injection` has all of it, with tracers killed at each step. What differs on s390x (the stub, the registers,
+the arguments that lie in memory) no other machine can show.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+import pytest
+
+from tests.emulated.fixtures import suites
+from tests.emulated.injecting import passes_on
+
+SECONDS: Final = 600.0
+TESTS: Final = [f"tests/injection/test_{name}.py" for name in ("calls", "target", "vm", "worst")]
+LEAST: Final = 50
+"""So many tests there are at least."""
+
+pytestmark = [pytest.mark.emulated, pytest.mark.timeout(SECONDS + 300)]
+
+
+# trixie's kernel is of bookworm's generation.
+@pytest.mark.parametrize("suite", [suite for suite in suites() if suite != "trixie"])
+def test_processes_make_calls_and_go_on(suite: str) -> None:
+    said = passes_on(suite, TESTS, {"SKEYD_SLICES": "20"}, SECONDS)
+    assert len(re.findall(r"::\S+.* PASSED", said)) >= LEAST, said

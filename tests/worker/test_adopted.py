@@ -1,0 +1,75 @@
+"""An adopted VM in this process, where what is its process's can be anything."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Any
+
+import pytest
+
+from skeyd.errors import Reason, SkeydError
+from skeyd.injection import proc
+from skeyd.worker import adopted
+from skeyd.worker.adopted import AdoptedVm
+from skeyd.worker.adoption import Adoption
+from skeyd.worker.protocol import SlotSpec, Spec
+from tests.adoption.owners import owner
+from tests.worker.specs import UID
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (errno.EFAULT, Reason.VMM_UNSUITABLE),
+        (errno.EACCES, Reason.VMM_UNSUITABLE),
+        (errno.EMFILE, Reason.HOST_EXHAUSTED),
+        (errno.ENOMEM, Reason.OUT_OF_MEMORY),
+    ],
+    ids=lambda value: errno.errorcode[value] if isinstance(value, int) else value.name,
+)
+def test_whatever_fails_in_its_process_is_told_with_whose_it_is(
+    monkeypatch: pytest.MonkeyPatch, number: int, reason: Reason
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(adopted, "ForeignVm", fail)
+    with owner() as process:
+        spec = Spec(
+            "guest", UID, "adopted", (SlotSpec(0, 1 << 20, "vmm"),), 0, adoption=Adoption(process.pid, 0, -1, 9)
+        )
+        with pytest.raises(SkeydError) as refused:
+            AdoptedVm(spec)
+    assert refused.value.reason is reason
+    found = refused.value.metadata
+    assert (found["vmm_pid"], found["vmm_uid"]) == (str(process.pid), str(os.getuid()))
+    assert {"vmm_start_time", "vmm_executable"} <= found.keys()
+
+
+def test_the_owner_of_a_buffer_that_cant_be_looked_at_may_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hidden(error: type[OSError]) -> Any:
+        def start_time(_: int) -> int:
+            raise error
+
+        return start_time
+
+    def not_ours(*_: int) -> None:
+        raise PermissionError
+
+    me = proc.myself()
+    assert proc.is_alive(me)
+    assert not proc.is_alive(me ^ 1 << 40), "another with its number"
+    # hidepid=1, and hidepid=2.
+    with monkeypatch.context() as patched:
+        patched.setattr(proc, "start_time", hidden(PermissionError))
+        assert proc.is_alive(me)
+    monkeypatch.setattr(proc, "start_time", hidden(FileNotFoundError))
+    assert not proc.is_alive(me)
+    monkeypatch.setattr(os, "kill", not_ours)
+    assert proc.is_alive(me)
+
+
+@pytest.mark.parametrize("number", [0, 1 << 22 | 1, 0xFFFFFFFF, 1 << 63])
+def test_a_number_of_no_process_is_no_owner_that_lives(number: int) -> None:
+    assert not proc.is_alive(number)
