@@ -72,9 +72,11 @@ class Cave:
         """Whether an address is within the stub."""
         return self.address <= address < self.address + len(self._machine.STUB)
 
-    def write_stub(self, tid: int) -> None:
-        """Write what of the stub is not there yet."""
+    def write_stub(self, tid: int) -> bool:
+        """Write what of the stub is not there yet; whether there was nothing of it."""
+        is_new = not any(memory.read(self.pid, self.address, len(self._machine.STUB)))
         self._write(tid, self.address, self._machine.STUB)
+        return is_new
 
     def note(self) -> tuple[int, int, int]:
         """Return address and size in bytes of the buffer that there is or may be, and its owner; address 0: none."""

@@ -72,7 +72,8 @@ class Injection:
             self._tracee.stop(self._deadline)
             self._leave_stub(self._cave)
             self._hold()
-            self._cave.write_stub(tid)
+            if self._cave.write_stub(tid):
+                self.target.stub_is_ours = True
         except OSError as error:
             self._end()
             self._tracee.failed(error)
@@ -327,8 +328,11 @@ class Injection:
         self._put_back(tracee)
         try:
             cave = self._cave
-            # Where there was no time to get it out, it is in the stub still, as a killed tracer has left it.
-            if cave is not None and not cave.note()[0] and not cave.holds(self._machine.place(tracee.tid)[0]):
+            # One that was there before is that of a tracer that was killed: a thread may have been left in it, and a
+            # signal's handler that runs at this moment may be going to return there. This thread may be in it still, as
+            # such a tracer has left it, where there was no time to get it out.
+            ours = cave is not None and self.target.stub_is_ours and not cave.note()[0]
+            if cave is not None and ours and not cave.holds(self._machine.place(tracee.tid)[0]):
                 cave.erase(tracee.tid)
         except (OSError, GoneError):
             pass  # it has ended, or is about to; detach takes note

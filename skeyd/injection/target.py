@@ -45,6 +45,8 @@ class Target:
         except ProcessLookupError as error:
             raise GoneError(pid, f"there is no process {pid}") from error
         self.pid = pid
+        self.stub_is_ours = False
+        """Whether the stub is there since this one had it written: no tracer before it has left a thread in it."""
         try:
             self.machine = _machine(pid)
             self.name = proc.status(pid, pid).get("Name", "")

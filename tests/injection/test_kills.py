@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from skeyd.injection import memory
+from skeyd.injection import memory, proc
 from skeyd.injection.buffer import Buffer
 from skeyd.injection.cave import Cave
 from skeyd.injection.errors import AlreadyTracedError, GoneError, InUseError, TimedOutError
@@ -18,6 +18,7 @@ from skeyd.injection.injection import Injection
 from skeyd.injection.machine import this_machine
 from skeyd.injection.registers import Call
 from skeyd.injection.target import Target
+from skeyd.injection.tracee import Tracee
 from tests.injection.test_calls import FUTEX, GETPID, PPOLL, READ, X86, hold
 from tests.injection.tracers import count_steps, fork, kill_after, kill_at, run, session
 from tests.injection.victims import SECONDS, Victim, differences, python_victim, wait_for
@@ -137,6 +138,21 @@ def test_a_signal_that_comes_before_a_tracer_is_killed_is_delivered_once(tracers
     os.close(writing)
 
 
+def left_in_a_call(victim: Victim, tracers: list[int]) -> None:
+    """Have a tracer killed that has a thread in a call which doesn't end."""
+
+    def stuck() -> None:
+        with Target(victim.pid) as target, Injection(target, seconds=SECONDS) as injection:
+            injection.call(Call("read", READ, (3, 0, 16)))
+
+    tracers.append(fork(stuck))
+    path = Path(f"/proc/{victim.pid}/task/{victim.pid}/syscall")
+    wait_for(lambda: path.read_text().startswith(f"{READ} 0x3 "))
+    os.kill(tracers[0], signal.SIGKILL)
+    os.waitpid(tracers.pop(), 0)
+    victim.wait_until_in(READ)
+
+
 def no_time(injection: Injection, cave: Cave) -> None:
     raise TimedOutError(injection.target.pid, "a test has no time")
 
@@ -147,16 +163,7 @@ def test_a_thread_that_a_killed_tracer_left_in_a_call_is_brought_back_by_the_nex
     with Victim("futex") as victim:
         victim.wait_until_in(FUTEX)
 
-        def stuck() -> None:
-            with Target(victim.pid) as target, Injection(target, seconds=SECONDS) as injection:
-                injection.call(Call("read", READ, (3, 0, 16)))
-
-        tracers.append(fork(stuck))
-        path = Path(f"/proc/{victim.pid}/task/{victim.pid}/syscall")
-        wait_for(lambda: path.read_text().startswith(f"{READ} 0x3 "))
-        os.kill(tracers[0], signal.SIGKILL)
-        os.waitpid(tracers.pop(), 0)
-        victim.wait_until_in(READ)
+        left_in_a_call(victim, tracers)
         # One that has no time for it takes nothing away from under the thread.
         with Target(victim.pid) as target, monkeypatch.context() as patch:
             patch.setattr(Injection, "_leave_stub", no_time)
@@ -167,6 +174,30 @@ def test_a_thread_that_a_killed_tracer_left_in_a_call_is_brought_back_by_the_nex
         victim.wait_until_in(FUTEX)
         victim.say("wake")
         assert victim.result().value == 0
+
+
+def test_a_handler_that_returns_to_where_a_killed_tracer_left_its_thread_finds_the_stub_there(
+    tracers: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_the_handler(self: Tracee, deadline: float) -> None:
+        # A signal comes right before the thread is stopped: in front of the handler's first instruction.
+        if not signals:
+            signals.append(signal.SIGUSR1)
+            os.kill(self.pid, signal.SIGUSR1)
+            wait_for(lambda: proc.status(self.pid, self.tid)["State"][0] == "t")
+        stop(self, deadline)
+
+    stop, signals = Tracee.stop, list[signal.Signals]()
+    with Victim("futex") as victim:
+        victim.wait_until_in(FUTEX)
+        left_in_a_call(victim, tracers)
+        monkeypatch.setattr(Tracee, "stop", in_the_handler)
+        hold(victim.pid)
+        assert signals
+        victim.wait_until_in(FUTEX)
+        victim.say("wake")
+        result = victim.result()
+        assert (result.value, result.signals) == (0, 1)
 
 
 def test_what_a_killed_tracer_left_is_taken_over_where_it_fits_and_unmapped_where_not() -> None:
