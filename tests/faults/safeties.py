@@ -58,9 +58,9 @@ SAFETIES: Final = (
     ),
     Safety(
         "old keys that are set again are verified",
-        "worker/transactions.py",
-        "                self._keys.write_checked(frames, keys, uses_keys=True)\n",
-        "                self._keys._set(frames, memoryview(bytearray(keys)))\n",
+        "worker/restoring.py",
+        "                self._keys.write_checked(frames, old, uses_keys=True)\n",
+        "                self._keys._set(frames, memoryview(bytearray(old)))\n",
         "faults/test_worker.py::test_a_key_that_the_kernel_loses_is_set_again",
     ),
     Safety(
@@ -95,10 +95,31 @@ SAFETIES: Final = (
     ),
     Safety(
         "a stream goes on with the VM that it began with, and with no other",
-        "rpc/get_skeys.py",
-        "if asked.resume is not None and asked.resume.incarnation != hello.incarnation:",
+        "rpc/incarnation.py",
+        "if meant != hello.incarnation:",
         "if False:",
         "rpc/test_resume.py::test_a_vm_that_was_made_again_is_not_taken_for_the_one_before",
+    ),
+    Safety(
+        "a SetSkeys sets the keys of the VM that it means, and of no other",
+        "rpc/set_skeys.py",
+        "            if header.incarnation:\n",
+        "            if False:\n",
+        "rpc/test_set_again.py::test_what_is_sent_again_is_never_applied_to_another_vm_of_that_name",
+    ),
+    Safety(
+        "what QEMU's process has noted to be a buffer is one of skeyd's sizes",
+        "injection/buffer.py",
+        "    if not _HEAD < size <= _MOST or size % _PAGE or start % _PAGE:\n",
+        "    if False:\n",
+        "injection/test_worst.py::test_what_no_skeyd_has_noted_is_no_buffer",
+    ),
+    Safety(
+        "a stub that a killed tracer left stays",
+        "injection/injection.py",
+        "self.target.stub_is_ours and not cave.note()[0]",
+        "not cave.note()[0]",
+        "injection/test_kills.py::test_a_handler_that_returns_to_where_a_killed_tracer_left_its_thread_finds_the_stub_there",
     ),
     Safety(
         "an ioctl has no more keys than a slice",
