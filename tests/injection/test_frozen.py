@@ -341,6 +341,7 @@ def test_the_time_is_for_all_of_it_the_calls_too() -> None:
 
 def session(pid: int) -> None:
     with Target(pid) as target:
+        target.stub_is_ours = True  # as in tests.injection.tracers
         with Injection(target, seconds=SECONDS) as injection:
             buffer = Buffer.open(injection, 5000)
         with Frozen(target, SECONDS) as injection:

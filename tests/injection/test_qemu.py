@@ -59,6 +59,7 @@ def skeys(injection: Injection, buffer: Buffer, request: int) -> int:
 def set_keys(pid: int, keys: bytes) -> None:
     """Set all keys, twice: Linux up to 6.19 loses some the first time."""
     with Target(pid) as target:
+        target.stub_is_ours = True  # as in tests.injection.tracers
         with Injection(target, seconds=SECONDS) as injection:
             buffer = Buffer.open(injection, HEAD + FRAMES)
             buffer.write(HEAD, keys)

@@ -20,8 +20,12 @@ _NEVER: Final = 1 << 60
 
 
 def session(pid: int) -> None:
-    """Do all that there is: map, call, write, read in one slice, call and unmap in another."""
+    """Do all that there is: map, call, write, read in one slice, call and unmap in another.
+
+    Also where a killed one has left its stub: that is written anew and taken away, so that each has as many steps.
+    """
     with Target(pid) as target:
+        target.stub_is_ours = True
         with Injection(target, seconds=SECONDS) as injection:
             buffer = Buffer.open(injection, SIZE)
             buffer.write(0, b"\xff" * 4)
