@@ -1,4 +1,4 @@
-"""Calls in other processes, on real s390x kernels: what `make test` has of tests/injection, on one of each generation.
+"""Calls in other processes, on a real s390x kernel: what `make test` has of tests/injection.
 
 `make test-injection` has all of it, with tracers killed at each step. What differs on s390x (the stub, the registers,
 the arguments that lie in memory) no other machine can show.
@@ -22,8 +22,8 @@ LEAST: Final = 50
 pytestmark = [pytest.mark.emulated, pytest.mark.timeout(SECONDS + 300)]
 
 
-# trixie's kernel is of bookworm's generation.
-@pytest.mark.parametrize("suite", [suite for suite in suites() if suite != "trixie"])
+# One is enough for what differs from x86_64, which is the machine and not the kernel; it takes a minute.
+@pytest.mark.parametrize("suite", suites()[:1])
 def test_processes_make_calls_and_go_on(suite: str) -> None:
     said = passes_on(suite, TESTS, {"SKEYD_SLICES": "20"}, SECONDS)
     assert len(re.findall(r"::\S+.* PASSED", said)) >= LEAST, said
