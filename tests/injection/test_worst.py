@@ -104,6 +104,28 @@ def test_a_call_that_is_interrupted_again_and_again_is_given_up_in_time(monkeypa
         assert victim.ping() == 0
 
 
+@pytest.mark.parametrize(
+    ("number", "code", "is_ours"),
+    [
+        (signal.SIGSEGV, 1, True),
+        (signal.SIGBUS, 4, True),
+        (signal.SIGBUS, 5, False),  # BUS_MCEERR_AO: memory that is broken elsewhere
+        (signal.SIGTRAP, 1, True),
+        (signal.SIGTRAP, 6, False),  # TRAP_PERF
+        (signal.SIGSEGV, 0, False),  # somebody's kill()
+        (signal.SIGUSR1, 1, False),
+    ],
+)
+def test_a_signal_that_tells_of_something_else_is_the_process_own(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int, is_ours: bool
+) -> None:
+    with Victim("loop") as victim, Target(victim.pid) as target, Injection(target, seconds=SECONDS) as injection:
+        injection.call(GETPID)
+        monkeypatch.setattr(ptrace, "get_siginfo", lambda _: (int(number), code))
+        assert injection._is_fault(injection._held(), number) is is_ours
+        monkeypatch.undo()
+
+
 @pytest.mark.parametrize("number", [errno.EPERM, errno.EACCES])
 def test_a_kernel_or_a_security_module_that_allows_no_tracing_is_told_from_other_errors(
     monkeypatch: pytest.MonkeyPatch, number: int

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import resource
 import select
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -18,7 +20,7 @@ import skeyd
 from skeyd.linux import lock_is_held
 from skeyd.worker.channel import address_in
 from skeyd.worker.packets import MESSAGE_MAX, encode
-from skeyd.worker.protocol import LOCK, SOCKET, Spec
+from skeyd.worker.protocol import BUFFER_BYTES, LOCK, SOCKET, Spec
 
 WORKER: Final = str(Path(skeyd.__file__).parent / "worker" / "__main__.py")
 SECONDS: Final = 30.0
@@ -88,6 +90,17 @@ class Front:
         assert json.loads(data) == {"ok": {}}
         (fd,) = fds
         return fd
+
+    @contextmanager
+    def shared(self) -> Iterator[mmap.mmap]:
+        """Attach, and map the memory that is shared."""
+        fd = self.attach()
+        try:
+            buffers = mmap.mmap(fd, BUFFER_BYTES)
+        finally:
+            os.close(fd)
+        with buffers:
+            yield buffers
 
     def is_hung_up_on(self) -> bool:
         """Wait for the worker's next word, and say whether it was to hang up."""

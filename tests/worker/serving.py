@@ -13,7 +13,7 @@ from pathlib import Path
 
 from skeyd.linux import open_unnamed
 from skeyd.worker.backend import Backend, Printing
-from skeyd.worker.protocol import BUFFER_BYTES, SOCKET, Hello
+from skeyd.worker.protocol import SOCKET, Hello
 from skeyd.worker.service import Service
 from tests.worker.processes import SECONDS, Front
 from tests.worker.specs import UID
@@ -66,11 +66,5 @@ def met(directory: Path) -> Iterator[Front]:
 @contextmanager
 def attached(directory: Path) -> Iterator[tuple[Front, mmap.mmap]]:
     """Connect, and share memory for keys."""
-    with met(directory) as front:
-        fd = front.attach()
-        try:
-            buffers = mmap.mmap(fd, BUFFER_BYTES)
-        finally:
-            os.close(fd)
-        with buffers:
-            yield front, buffers
+    with met(directory) as front, front.shared() as buffers:
+        yield front, buffers

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import mmap
 import os
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ import pytest
 from skeyd.worker.packets import MESSAGE_MAX, encode
 from skeyd.worker.protocol import BUFFER_BYTES, BUFFER_KEYS, SLICE_KEYS
 from skeyd.worker.service import MAX_CONNECTIONS
-from tests.worker.processes import Front, WorkerProcess
+from tests.worker.processes import WorkerProcess
 from tests.worker.specs import simulated
 
 Start = Callable[..., WorkerProcess]
@@ -24,23 +23,12 @@ Start = Callable[..., WorkerProcess]
 SEGMENT = 256
 
 
-@contextmanager
-def _attached(front: Front) -> Iterator[mmap.mmap]:
-    fd = front.attach()
-    try:
-        buffers = mmap.mmap(fd, BUFFER_BYTES)
-    finally:
-        os.close(fd)
-    with buffers:
-        yield buffers
-
-
 # --- serving -------------------------------------------------------------------------------------------------------
 
 
 def test_keys_go_in_and_come_out_through_the_two_buffers(worker: WorkerProcess) -> None:
     keys = bytes(range(0, 256, 2)) * 4
-    with worker.meet() as front, _attached(front) as buffers:
+    with worker.meet() as front, front.shared() as buffers:
         buffers[: len(keys)] = keys
         asked = {"buffer": 0, "offset": 0, "start": 100, "count": len(keys)}
         for allow_enable in (True, False):
@@ -64,7 +52,7 @@ def test_keys_go_in_and_come_out_through_the_two_buffers(worker: WorkerProcess) 
 def test_a_write_says_how_many_keys_the_kernel_had_lost(start: Start) -> None:
     worker = start(simulated((0, 4), kernel="4.19"))
     worker.first_line()
-    with worker.meet() as front, _attached(front) as buffers:
+    with worker.meet() as front, front.shared() as buffers:
         buffers[: 4 * SEGMENT] = b"\x38" * 4 * SEGMENT
         answer = front.ok(op="set", buffer=0, offset=0, start=0, count=4 * SEGMENT, allow_enable=True)
         assert answer.pop("ns") > 0
@@ -77,7 +65,7 @@ def test_a_slice_lies_anywhere_in_a_buffer_up_to_its_end(start: Start) -> None:
     worker = start(simulated((0, SLICE_KEYS // SEGMENT)))
     worker.first_line()
     last = BUFFER_KEYS - SLICE_KEYS
-    with worker.meet() as front, _attached(front) as buffers:
+    with worker.meet() as front, front.shared() as buffers:
         buffers[BUFFER_KEYS + last :] = b"\x38" * SLICE_KEYS
         front.ok(op="set", buffer=1, offset=last, start=0, count=SLICE_KEYS, allow_enable=True)
         front.ok(op="get", buffer=0, offset=0, start=0, count=SLICE_KEYS)
@@ -86,7 +74,7 @@ def test_a_slice_lies_anywhere_in_a_buffer_up_to_its_end(start: Start) -> None:
 
 
 def test_a_reader_of_a_keyless_guest_finds_its_buffer_untouched(shared_worker: WorkerProcess) -> None:
-    with shared_worker.meet() as front, _attached(front) as buffers:
+    with shared_worker.meet() as front, front.shared() as buffers:
         buffers[:4] = b"\xee" * 4
         assert not front.ok(op="get", buffer=0, offset=0, start=0, count=4)["uses_keys"]
         assert buffers[:4] == b"\xee" * 4
@@ -106,7 +94,7 @@ def test_a_reader_of_a_keyless_guest_finds_its_buffer_untouched(shared_worker: W
 def test_a_write_that_is_refused_is_an_answer_and_enables_nothing(
     shared_worker: WorkerProcess, keys: bytes, asked: dict[str, object], reason: str
 ) -> None:
-    with shared_worker.meet() as front, _attached(front) as buffers:
+    with shared_worker.meet() as front, front.shared() as buffers:
         buffers[: len(keys)] = keys
         assert front.refused(op="set", buffer=0, offset=0, **asked) == reason
         assert front.ok(op="status") == {"uses_keys": False}
@@ -116,7 +104,7 @@ def test_a_write_that_is_refused_is_an_answer_and_enables_nothing(
 def test_a_read_of_frames_without_memory_is_refused_though_the_guest_is_keyless(
     shared_worker: WorkerProcess, start_: int, count: int
 ) -> None:
-    with shared_worker.meet() as front, _attached(front):
+    with shared_worker.meet() as front, front.shared():
         assert front.refused(op="get", buffer=0, offset=0, start=start_, count=count) == "GFN_NOT_MAPPED"
 
 
@@ -141,8 +129,8 @@ def test_each_connection_has_buffers_of_its_own(shared_worker: WorkerProcess) ->
     with (
         shared_worker.meet() as one,
         shared_worker.meet() as other,
-        _attached(one) as first,
-        _attached(other) as second,
+        one.shared() as first,
+        other.shared() as second,
     ):
         first[0] = 0x38
         assert second[0] == 0
@@ -154,7 +142,7 @@ def test_the_buffers_of_a_connection_are_given_back_when_it_ends(shared_worker: 
         return maps + sum("memfd:" in link for link in shared_worker.open_files())
 
     for _ in range(3):
-        with shared_worker.meet() as front, _attached(front):
+        with shared_worker.meet() as front, front.shared():
             assert memfds() > 0
         # It meets the next one after it has seen the end of the one before.
         assert shared_worker.serves()
@@ -215,7 +203,7 @@ def test_a_request_that_breaks_the_protocol_ends_its_connection_and_no_other(
 def test_a_slice_out_of_bounds_ends_its_connection_and_no_other(shared_worker: WorkerProcess, op: str) -> None:
     with shared_worker.meet() as other:
         for bad in BAD_SLICES:
-            with shared_worker.meet() as front, _attached(front):
+            with shared_worker.meet() as front, front.shared():
                 front.say(**{"op": op, "buffer": 0, "offset": 0, "start": 0, "count": 1, "allow_enable": True, **bad})
                 assert front.is_hung_up_on(), bad
         assert other.ok(op="status") == {"uses_keys": False}
@@ -225,7 +213,7 @@ def test_a_slice_out_of_bounds_ends_its_connection_and_no_other(shared_worker: W
 def test_a_write_that_does_not_say_whether_it_may_enable_sets_nothing(
     shared_worker: WorkerProcess, allow: object
 ) -> None:
-    with shared_worker.meet() as front, _attached(front):
+    with shared_worker.meet() as front, front.shared():
         front.say(op="set", buffer=0, offset=0, start=0, count=1, allow_enable=allow)
         assert front.is_hung_up_on()
     with shared_worker.meet() as front:
@@ -233,7 +221,7 @@ def test_a_write_that_does_not_say_whether_it_may_enable_sets_nothing(
 
 
 def test_attaching_twice_ends_the_connection(shared_worker: WorkerProcess) -> None:
-    with shared_worker.meet() as front, _attached(front):
+    with shared_worker.meet() as front, front.shared():
         front.say(op="attach")
         assert front.is_hung_up_on()
     assert shared_worker.serves()

@@ -63,6 +63,17 @@ class Gated(Recording):
         super().set_skeys(start_gfn, buffer)
 
 
+def _set_two_slices(backend: Gated, front: Front, buffers: mmap.mmap, rolling: bool) -> None:
+    """Set two slices of a call; `rolling`: hang up, and be in the middle of rolling back the second."""
+    front.ok(**BEGIN)
+    for start in (0, 4):
+        assert "ok" in _set(front, buffers, start, b"\xf8" * 4)
+    backend.gated = rolling
+    if rolling:
+        front.close()
+        assert backend.reached.acquire(timeout=SECONDS)
+
+
 def test_who_reads_while_a_call_is_rolled_back_waits_for_no_more_than_a_slice_of_it(runtime_dir: Path) -> None:
     backend = Gated()
     with serving(runtime_dir, backend), attached(runtime_dir) as (other, others):
@@ -151,13 +162,7 @@ def test_who_would_set_a_key_while_a_call_runs_or_is_rolled_back_is_busy(
     backend = Gated()
     with serving(runtime_dir, backend), attached(runtime_dir) as (other, others):
         with attached(runtime_dir) as (front, buffers):
-            front.ok(**BEGIN)
-            for start in (0, 4):
-                assert "ok" in _set(front, buffers, start, b"\xf8" * 4)
-            backend.gated = rolling
-            if rolling:
-                front.close()
-                assert backend.reached.acquire(timeout=SECONDS)
+            _set_two_slices(backend, front, buffers, rolling)
             # It is asked in the middle of the first of two slices, and answered before the second.
             others[:1] = b"\x20"
             other.say(**request_)
@@ -176,13 +181,7 @@ def test_a_vm_that_outlives_its_worker_is_let_go_with_whole_keys_only(runtime_di
     backend, released = Gated(), threading.Event()
     with serving(runtime_dir, backend, release=released.set), met(runtime_dir) as other:
         with attached(runtime_dir) as (front, buffers):
-            front.ok(**BEGIN)
-            for start in (0, 4):
-                assert "ok" in _set(front, buffers, start, b"\xf8" * 4)
-            backend.gated = rolling
-            if rolling:
-                front.close()
-                assert backend.reached.acquire(timeout=SECONDS)
+            _set_two_slices(backend, front, buffers, rolling)
             other.say(op="shutdown", uid=UID)
             backend.gate.release(5)
             answer = other.take()
