@@ -10,6 +10,10 @@ READY := $(VENV)/.ready
 UNIT_SUITE := tests/emulated/test_unit_suite.py
 INJECTION := tests/emulated/test_injection.py
 ADOPTION := tests/emulated/test_adoption.py tests/emulated/test_calls.py
+# Two processes: tests wait for processes and hosts more than they compute, and a host runs its one CPU in one thread.
+# What a file's tests share is made once, and a host is booted in one of them.
+BY_FILE := --numprocesses=2 --dist=loadfile
+BY_HOST := --numprocesses=2 --dist=loadgroup
 
 # grpcio-tools 1.62.3 has wheels for Python 3.11 and 3.12 only, and can't share an environment with protobuf >= 5.
 PROTO_PYTHON ?= $(firstword $(foreach python,python3.12 python3.11 python3,\
@@ -45,12 +49,13 @@ demo-s390x: $(READY) ## The main job, on a real s390x kernel in the emulated hos
 test: lint proto-check ## Everything that checks the project
 	# The images of the emulated hosts are built, where they aren't, beside the tests that need none.
 	@$(BIN)/python -m tests.emulated.prepare & prepare=$$!; trap "kill $$prepare 2>/dev/null" EXIT; \
-	$(BIN)/pytest -m "not emulated" --ignore=tests/injection && wait $$prepare
+	$(BIN)/pytest $(BY_FILE) -m "not emulated" --ignore=tests/injection && wait $$prepare
 	# By itself: it forks, which a process must not that has gRPC's threads, nor are their descriptors its own.
 	$(BIN)/pytest tests/injection
-	$(BIN)/pytest -m emulated $(addprefix --ignore=,$(UNIT_SUITE) $(ADOPTION) $(INJECTION))
+	$(BIN)/pytest $(BY_HOST) -m emulated $(addprefix --ignore=,$(UNIT_SUITE) $(ADOPTION) $(INJECTION))
 	# By themselves: the hosts that the others share take two gigabytes each, and CPU, for as long as they are up.
-	$(BIN)/pytest $(ADOPTION) $(UNIT_SUITE)
+	$(BIN)/pytest $(BY_HOST) $(ADOPTION)
+	$(BIN)/pytest $(UNIT_SUITE)
 
 # What promises real kernels fails where there is none, and doesn't skip.
 test-kernels test-big-endian test-injection: export SKEYD_REQUIRE_EMULATED := 1

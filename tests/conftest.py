@@ -14,6 +14,7 @@ import pytest
 
 from tests import examples
 from tests.daemon import DaemonProcess
+from tests.emulated.recipe import SUITES
 from tests.processes import adopt_orphans, children, end
 
 _LONG: Final = 200
@@ -33,6 +34,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     """Name a long value by its length. Spelt out, as older releases do, some megabytes take half a minute on a host."""
     return f"{argname}-of-{len(val)}" if isinstance(val, str | bytes) and len(val) > _LONG else None
+
+
+class _Hosts:
+    """With pytest-xdist: tests of one emulated host go to one process, which boots it, and the others don't."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            if item.get_closest_marker("emulated"):
+                suite = next((suite for suite in SUITES if suite in item.name), "any")
+                item.add_marker(pytest.mark.xdist_group(suite))
 
 
 @pytest.hookimpl(trylast=True)
@@ -57,9 +69,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = mine
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Become the parent of whatever outlives its own, so that nothing can hide."""
     adopt_orphans()
+    if config.pluginmanager.hasplugin("xdist"):
+        config.pluginmanager.register(_Hosts())
 
 
 @pytest.fixture(autouse=True)
