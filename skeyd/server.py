@@ -21,6 +21,7 @@ import structlog
 
 import skeyd
 from skeyd import limits, logs, malloc
+from skeyd.capabilities import CAP_SYS_PTRACE, give_up, hold_back
 from skeyd.errors import Reason
 from skeyd.linux import signals_by_socket
 from skeyd.paths import default_runtime_dir
@@ -305,7 +306,9 @@ def _loopback(text: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the daemon until SIGTERM or SIGINT. Exits 0 then, EXIT_UNUSABLE where it can't begin."""
     settings = parse(arguments)
-    malloc.tune()  # before the log has a thread
+    # Before the log has a thread.
+    (hold_back if settings.allow_adoption else give_up)(CAP_SYS_PTRACE)
+    malloc.tune()
     log = logs.configure(settings.log_format)
     # Each connection and each worker that is asked takes a descriptor; the usual soft limit of 1,024 is for select().
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

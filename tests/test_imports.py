@@ -15,6 +15,7 @@ MODULES = sorted(path for path in ROOT.rglob("*.py") if "v1" not in path.relativ
 
 # Who may import what, by the part of skeyd that the module lies in; "." are the modules beside the folders.
 LEAVES = {
+    "capabilities",
     "checksum",
     "digest",
     "encoding",
@@ -63,8 +64,8 @@ MAY_IMPORT_OF_SKEYD = {
 }
 ONLY_IN = {
     "fcntl": {"kvm", "linux"},
-    # For what Python can't do: ioctl arguments that hold an address; mallopt; ptrace.
-    "ctypes": {"kvm", "malloc", "injection"},
+    # For what Python can't do: ioctl arguments that hold an address; mallopt; ptrace; capset.
+    "ctypes": {"kvm", "malloc", "injection", "capabilities"},
     "grpc": {"rpc", "client", "server", "cli.skeyctl"},
     "google": {"rpc", "standard"},
     "structlog": {"rpc", "server", "logs"},

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 import skeyd
+from skeyd.capabilities import CAP_SYS_PTRACE, give_up
 from skeyd.errors import Reason, SkeydError, exhausted
 from skeyd.kvm.probe import probe_host
 from skeyd.linux import open_unnamed, signals_by_socket, take_lock
@@ -24,7 +25,7 @@ from skeyd.worker.packets import MESSAGE_MAX, ProtocolError, decode, error_messa
 from skeyd.worker.protocol import LOCK, SOCKET, Hello, Spec
 from skeyd.worker.service import HasFileno, Service
 from skeyd.worker.simulated import SimulatedVm
-from skeyd.worker.traceback_log import log_traceback
+from skeyd.worker.worker_log import log_traceback
 
 _BACKLOG: Final = 64
 
@@ -67,6 +68,7 @@ def serve_vm(directory_fd: int) -> int:
 
 def report_host() -> int:
     """Say on standard output what this host can do; for HostService, whose process may not open /dev/kvm."""
+    give_up(CAP_SYS_PTRACE)
     report = probe_host()
     _say(
         {
@@ -96,6 +98,9 @@ def _prepare(directory_fd: int, resources: ExitStack) -> tuple[Service, HasFilen
         spec = Spec.from_message(decode(sys.stdin.buffer.read(MESSAGE_MAX + 1), "the spec"))
     except ProtocolError as error:
         raise SkeydError(Reason.WORKER_FAILED, str(error)) from error
+    if spec.adoption is None or spec.adoption.access == "qmp":
+        # It traces nobody, and what a monitor of QEMU's says is a stranger's words.
+        give_up(CAP_SYS_PTRACE)
     # The lock says "alive" from here to the end of the process, however it ends: it is never unlocked or closed.
     lock = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=directory_fd)
     if not take_lock(lock):
@@ -106,6 +111,9 @@ def _prepare(directory_fd: int, resources: ExitStack) -> tuple[Service, HasFilen
     wake, _ = resources.enter_context(signals_by_socket([signal.SIGTERM]))
     vm = _vm(spec)
     resources.callback(vm.backend.close)
+    if vm.print_keys is not None:
+        # It was not allowed to trace, and won't try again.
+        give_up(CAP_SYS_PTRACE)
     hello = Hello(
         vm_id=spec.vm_id,
         uid=spec.uid,

@@ -13,6 +13,7 @@ from typing import Any, Final
 import grpc
 import pytest
 
+from skeyd.capabilities import CAP_SYS_PTRACE
 from skeyd.gfn import MemoryMap
 from skeyd.injection import proc
 from skeyd.qmp.monitor import Monitor
@@ -21,6 +22,7 @@ from skeyd.v1 import vm_pb2, vm_service_pb2
 from skeyd.worker.dump import DumpParser
 from skeyd.worker.dump_capture import DumpCapture, DumpPipe
 from tests.adoption.guest import key_of, write_guest
+from tests.daemon import DaemonProcess
 from tests.injection.qemu import FRAMES, PROGRAM, Qemu, require_program
 from tests.injection.tracers import fork
 from tests.injection.victims import wait_for
@@ -71,6 +73,18 @@ def has_set_all(qemu: Qemu) -> bool:
 def adopt(stubs: Stubs, qemu: Qemu, **fields: Any) -> vm_pb2.Vm:
     request = {"vm_id": "guest", "qmp_socket": str(qemu.monitor), "access": vm_pb2.ACCESS_QMP, **fields}
     return stubs.vms.AdoptVm(vm_service_pb2.AdoptVmRequest(**request)).vm
+
+
+def capabilities(pid: int) -> dict[str, int]:
+    found = dict(line.split()[:2] for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "Cap" in line)
+    return {name.rstrip(":"): int(value, 16) >> CAP_SYS_PTRACE & 1 for name, value in found.items()}
+
+
+def test_who_reads_what_a_monitor_says_may_trace_nobody(stubs: Stubs, daemon: DaemonProcess, paused_qemu: Qemu) -> None:
+    adopt(stubs, paused_qemu)
+    (worker,) = daemon.worker_pids()
+    assert set(capabilities(worker).values()) == {0}
+    stubs.delete(NAME)
 
 
 def fds(qemu: Qemu) -> list[str]:

@@ -39,7 +39,7 @@ def _imported(importtime: str) -> set[str]:
 
 @pytest.mark.parametrize("way", ["probe", "candidates", "vm"])
 def test_a_worker_loads_the_standard_library_and_its_own_part_of_skeyd_and_nothing_else(way: str, start: Start) -> None:
-    allowed = r"skeyd(\.(errors|gfn|linux|storage_key)|\.kvm(\.\w+)?|\.worker(\.\w+)?)?"
+    allowed = r"skeyd(\.(capabilities|errors|gfn|linux|storage_key)|\.kvm(\.\w+)?|\.worker(\.\w+)?)?"
     if way == "candidates":
         allowed += r"|skeyd\.injection(\.\w+)?"
     if way != "vm":
