@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 from typing import Final, Self
 
-from skeyd.injection import memory
 from skeyd.injection.errors import InjectionError, InUseError, RefusedError, UnsupportedError
 from skeyd.injection.injection import Injection
 from skeyd.injection.maps import mappings
@@ -60,38 +59,38 @@ class Buffer:
             # This process's own is one that it could not close: it has one in a process at a time.
             if owner != myself() and is_alive(owner):
                 raise InUseError(target.pid, owner)
-            if _is_there(target.pid, start, left):
+            if _is_there(target, start, left):
                 if left == whole:
                     injection.write_note(start, whole, myself())
-                    memory.write(target.pid, start, MARK)
+                    target.memory.write(start, MARK)
                     return cls(target, start, size)
                 injection.munmap(start, left)
             injection.write_note(0, 0, 0)
         start = _map(injection, whole)
-        memory.write(target.pid, start, MARK)
+        target.memory.write(start, MARK)
         return cls(target, start, size)
 
     def is_there(self) -> bool:
         """Whether the memory is what was mapped: it has the mark at its beginning. GoneError."""
         try:
-            return memory.read(self.target.pid, self._start, len(MARK)) == MARK
+            return self.target.memory.read(self._start, len(MARK)) == MARK
         except OSError:
             return False
 
     def read_into(self, offset: int, content: memoryview) -> None:
         """Fill `content` from the buffer. GoneError; OSError where somebody else has unmapped it."""
         self._check(offset, content.nbytes)
-        memory.read_into(self.target.pid, self.address + offset, content)
+        self.target.memory.read_into(self.address + offset, content)
 
     def read(self, offset: int, size: int) -> bytes:
         """Return `size` bytes. Errors as read_into."""
         self._check(offset, size)
-        return memory.read(self.target.pid, self.address + offset, size)
+        return self.target.memory.read(self.address + offset, size)
 
     def write(self, offset: int, content: bytes) -> None:
         """Write to the buffer. Errors as read_into."""
         self._check(offset, len(content))
-        memory.write(self.target.pid, self.address + offset, content)
+        self.target.memory.write(self.address + offset, content)
 
     def close(self, injection: Injection) -> None:
         """Unmap it, in a slice of the same process. Errors as Injection.call; may be tried again then.
@@ -99,7 +98,7 @@ class Buffer:
         What else the process has there by now stays: it has unmapped the buffer itself then.
         """
         size = self.address + -(-self.size // _PAGE) * _PAGE - self._start
-        if _is_there(self.target.pid, self._start, size):
+        if _is_there(self.target, self._start, size):
             injection.munmap(self._start, size)
         injection.write_note(0, 0, 0)
 
@@ -146,7 +145,7 @@ def _free_place(pid: int, size: int) -> int:
     return best
 
 
-def _is_there(pid: int, start: int, size: int) -> bool:
+def _is_there(target: Target, start: int, size: int) -> bool:
     """Whether a buffer that was noted was mapped, and is: anonymous memory, marked at its beginning, or never used.
 
     The kernel may have joined it with what the process has mapped beside it. Where it has no mark, it has to be a
@@ -154,9 +153,9 @@ def _is_there(pid: int, start: int, size: int) -> bool:
     """
     if not _HEAD < size <= _MOST or size % _PAGE or start % _PAGE:
         return False
-    for one in mappings(pid):
+    for one in mappings(target.pid):
         if one.start <= start and start + size <= one.end and (one.access, one.inode, one.path) == ("rw-p", 0, ""):
-            if memory.read(pid, start, len(MARK)) == MARK:
+            if target.memory.read(start, len(MARK)) == MARK:
                 return True
-            return (one.start, one.end) == (start, start + size) and not any(memory.read(pid, start, size))
+            return (one.start, one.end) == (start, start + size) and not any(target.memory.read(start, size))
     return False

@@ -19,10 +19,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from skeyd.injection import memory, proc, ptrace
+from skeyd.injection import proc, ptrace
 from skeyd.injection.errors import UnsupportedError
 from skeyd.injection.machine import Machine
 from skeyd.injection.maps import Mapping, mappings
+from skeyd.injection.memory import Memory
 
 SIZE: Final = 64
 _WORD: Final = 8
@@ -43,27 +44,28 @@ _MOST_HEADERS: Final = 64
 class Cave:
     """One such place. What is written there is written through a thread that is stopped and traced by this one."""
 
-    def __init__(self, pid: int, address: int, machine: Machine) -> None:
+    def __init__(self, pid: int, memory: Memory, address: int, machine: Machine) -> None:
         self.pid = pid
+        self._memory = memory
         self.address = address
         """Of the stub."""
         self._machine = machine
 
     @classmethod
-    def find(cls, pid: int, machine: Machine) -> Cave:
+    def find(cls, pid: int, memory: Memory, machine: Machine) -> Cave:
         """Return the place that has a stub or a note already, or else the first that is free. UnsupportedError."""
         free = None
         everything = mappings(pid)
-        for address in _in_vdso(pid, everything):
-            if _is_ours(memory.read(pid, address, SIZE), machine):
-                return cls(pid, address, machine)
+        for address in _in_vdso(memory, everything):
+            if _is_ours(memory.read(address, SIZE), machine):
+                return cls(pid, memory, address, machine)
         # Libraries come and go, so which of them is the first changes.
-        for address in _in_files(pid, everything):
-            content = memory.read(pid, address, SIZE)
+        for address in _in_files(memory, everything):
+            content = memory.read(address, SIZE)
             if any(content) and _is_ours(content, machine):
-                return cls(pid, address, machine)
+                return cls(pid, memory, address, machine)
             if not any(content) and free is None:
-                free = cls(pid, address, machine)
+                free = cls(pid, memory, address, machine)
         if free is None:
             raise UnsupportedError(pid, f"no code of process {pid} ends {SIZE} bytes before a page does")
         return free
@@ -74,13 +76,13 @@ class Cave:
 
     def write_stub(self, tid: int) -> bool:
         """Write what of the stub is not there yet; whether there was nothing of it."""
-        is_new = not any(memory.read(self.pid, self.address, len(self._machine.STUB)))
+        is_new = not any(self._memory.read(self.address, len(self._machine.STUB)))
         self._write(tid, self.address, self._machine.STUB)
         return is_new
 
     def note(self) -> tuple[int, int, int]:
         """Return address and size in bytes of the buffer that there is or may be, and its owner; address 0: none."""
-        address, size, owner = _NOTE.unpack(memory.read(self.pid, self.address + _NOTE_AT, _NOTE.size))
+        address, size, owner = _NOTE.unpack(self._memory.read(self.address + _NOTE_AT, _NOTE.size))
         return address, size, owner
 
     def write_note(self, tid: int, address: int, size: int, owner: int) -> None:
@@ -108,7 +110,7 @@ class Cave:
         return True
 
     def _write(self, tid: int, address: int, content: bytes) -> None:
-        there = memory.read(self.pid, address, len(content))
+        there = self._memory.read(address, len(content))
         for at in range(0, len(content), _WORD):
             if there[at : at + _WORD] != content[at : at + _WORD]:
                 ptrace.poke(tid, address + at, content[at : at + _WORD])
@@ -123,34 +125,34 @@ def _is_ours(content: bytes, machine: Machine) -> bool:
     return all(word in (right, bytes(_WORD)) for word, right in zip(words, wanted, strict=True)) and not any(rest)
 
 
-def _in_vdso(pid: int, everything: Sequence[Mapping]) -> Iterator[int]:
+def _in_vdso(memory: Memory, everything: Sequence[Mapping]) -> Iterator[int]:
     for code in everything:
         if code.path == "[vdso]" and code.access == "r-xp":
-            end = _end_of_code(pid, code, code)
+            end = _end_of_code(memory, code, code)
             if end is not None and code.end - end >= SIZE:
                 yield code.end - SIZE
 
 
-def _in_files(pid: int, everything: Sequence[Mapping]) -> Iterator[int]:
+def _in_files(memory: Memory, everything: Sequence[Mapping]) -> Iterator[int]:
     heads: dict[tuple[str, int], Mapping] = {}
     for code in everything:  # ascending
         if code.inode and code.offset == 0:
             heads[code.device, code.inode] = code
         head = heads.get((code.device, code.inode))
         if code.access == "r-xp" and code.inode and head is not None:
-            end = _end_of_code(pid, head, code)
+            end = _end_of_code(memory, head, code)
             if end is not None and code.end - end >= SIZE:
                 yield code.end - SIZE
 
 
-def _end_of_code(pid: int, head: Mapping, code: Mapping) -> int | None:
+def _end_of_code(memory: Memory, head: Mapping, code: Mapping) -> int | None:
     """Return the address behind the last byte of the segment that a mapping is for, or None: it can't be told."""
     try:
-        header = memory.read(pid, head.start, _EHDR.size)
+        header = memory.read(head.start, _EHDR.size)
         ident, _, _, _, _, table, _, _, _, size, count, *_ = _EHDR.unpack(header)
         if not ident.startswith(_IDENT) or size != _PHDR.size or count > _MOST_HEADERS:
             return None
-        headers = memory.read(pid, head.start + table, size * count)
+        headers = memory.read(head.start + table, size * count)
     except OSError:
         return None
     for kind, flags, offset, _, _, in_file, in_memory, _ in _PHDR.iter_unpack(headers):

@@ -10,7 +10,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Final, Self
 
-from skeyd.injection import memory, proc, ptrace, rseq
+from skeyd.injection import proc, ptrace, rseq
 from skeyd.injection.cave import Cave
 from skeyd.injection.errors import (
     FaultedError,
@@ -68,7 +68,7 @@ class Injection:
             if not proc.status(self.target.pid, tid):
                 raise GoneError(tid, f"{tid} is no thread of process {self.target.pid}")
             # Before it is stopped: to look through the mappings of a large process takes longer than all else.
-            self._cave = Cave.find(self.target.pid, self._machine)
+            self._cave = Cave.find(self.target.pid, self.target.memory, self._machine)
             self._tracee.stop(self._deadline)
             self._leave_stub(self._cave)
             self._hold()
@@ -110,7 +110,7 @@ class Injection:
             try:
                 if wanted.in_block:
                     # Each time: where a signal has come the block lies elsewhere now.
-                    memory.write(self.target.pid, self._block, wanted.in_block)
+                    self.target.memory.write(self._block, wanted.in_block)
                     call = replace(wanted, arguments=(self._block,))
                 self._machine.enter(tracee.tid, saved, cave.address, self._block, call)
             except OSError as error:
@@ -175,7 +175,7 @@ class Injection:
             if not cave.holds(at):
                 return
             if at == cave.address + self._machine.AFTER_CALL and self._machine.is_interrupted(tracee.tid):
-                block = memory.read(self.target.pid, stack, self._machine.block_size())
+                block = self.target.memory.read(stack, self._machine.block_size())
                 self._machine.rescue(tracee.tid, block)
                 return
             # Some ten instructions; it is let go on before it is asked to stop, else it would not come to run one.
@@ -191,7 +191,7 @@ class Injection:
         if tracee.stopped is None or tracee.stopped.why is not Stop.EVENT:
             self._stop_or_end(tracee)
         try:
-            while rseq.is_inside(self.target.pid, tracee.tid, self._machine.place(tracee.tid)[0]):
+            while rseq.is_inside(self.target.memory, tracee.tid, self._machine.place(tracee.tid)[0]):
                 # Having stopped there is enough for the kernel to take it out of it.
                 self._require_time("to leave a restartable sequence")
                 tracee.go_on()
@@ -206,8 +206,8 @@ class Injection:
             raise UnsupportedError(tracee.tid, f"thread {tracee.tid} can't make calls: {error}") from error
         block, content = self._machine.block(saved)
         try:
-            below = memory.read(self.target.pid, block, len(content))
-            memory.write(self.target.pid, block, content)
+            below = self.target.memory.read(block, len(content))
+            self.target.memory.write(block, content)
         except OSError as error:
             raise UnsupportedError(
                 tracee.tid, f"thread {tracee.tid} has no room on its stack for {len(content)} bytes"
@@ -258,12 +258,23 @@ class Injection:
         except OSError as error:
             tracee.failed(error)
         if info.op != ptrace.SYSCALL_INFO_EXIT:
+            self._require_own(tracee, info, call)
             return None
         # A call that seccomp answers with SIGSYS "returns" what its register held, its number on x86_64, or -ENOSYS on
         # s390x; the signal comes next.
         if info.result in (-errno.ENOSYS, call.number, *call.arguments[:1]) and self._is_pending(tracee, signal.SIGSYS):
             return None
         return info.result
+
+    def _require_own(self, tracee: Tracee, info: ptrace.SyscallInfo, call: Call) -> None:
+        """Let the thread go where it makes another call than it was to: another thread has written to the stub."""
+        arguments = tuple(argument & WORD for argument in call.arguments)
+        is_call = info.number == call.number and info.arguments[: len(arguments)] == arguments
+        if info.op == ptrace.SYSCALL_INFO_ENTRY and (is_call or info.number == self._machine.RESTART_SYSCALL):
+            return
+        tid = tracee.tid
+        self._end()
+        raise UnsupportedError(tid, f"thread {tid} made the system call {info.number} in the place of {call.name}")
 
     def _is_pending(self, tracee: Tracee, number: int) -> bool:
         pending = int(proc.status(self.target.pid, tracee.tid).get("SigPnd", "0"), 16)
@@ -321,12 +332,12 @@ class Injection:
         except OSError as error:
             tracee.failed(error)
         with suppress(OSError):  # below its stack: nothing of the thread's
-            memory.write(self.target.pid, self._block, self._below)
+            self.target.memory.write(self._block, self._below)
 
     def _let_go(self, tracee: Tracee, number: int = 0) -> None:
         """Put the thread back, take the stub away where nobody needs it, and detach."""
-        self._put_back(tracee)
         try:
+            self._put_back(tracee)
             cave = self._cave
             # One that was there before is that of a tracer that was killed: a thread may have been left in it, and a
             # signal's handler that runs at this moment may be going to return there. This thread may be in it still, as
@@ -336,7 +347,9 @@ class Injection:
                 cave.erase(tracee.tid)
         except (OSError, GoneError):
             pass  # it has ended, or is about to; detach takes note
-        tracee.detach(number)
+        finally:
+            # Whatever happened: a thread that is at the stub restores itself, and one that is held stands still.
+            tracee.detach(number)
 
     def _end(self) -> None:
         """Let the thread go, and wait for as long as that takes. Once it is on its own, nothing happens."""

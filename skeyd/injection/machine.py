@@ -24,6 +24,8 @@ class Machine(Protocol):
     """Where in the stub the system call returns to."""
     IOCTL: int
     MUNMAP: int
+    RESTART_SYSCALL: int
+    """What goes on with a call that was interrupted, where the kernel knows how."""
 
     def why_not(self, pid: int) -> str | None:
         """Say why processes like this one can't be made to call without harm, or None."""

@@ -1,68 +1,77 @@
-"""The memory of another process, moved by process_vm_readv and process_vm_writev."""
+"""The memory of one program that another process runs: what is read and written is that program's or nobody's.
+
+By its file in /proc, which stays with the memory that it was opened for. process_vm_writev takes a process's number,
+and what that has for memory may be another program's by then: a process that has a set-user-ID program executed at the
+right moment would have its own bytes written there.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Self
 
-from skeyd.injection.errors import GoneError
-
-_libc = ctypes.CDLL(None, use_errno=True)
-for _function in (_libc.process_vm_readv, _libc.process_vm_writev):
-    _function.restype = ctypes.c_ssize_t
-    _function.argtypes = (
-        ctypes.c_int,
-        ctypes.c_void_p,
-        ctypes.c_ulong,
-        ctypes.c_void_p,
-        ctypes.c_ulong,
-        ctypes.c_ulong,
-    )
-
-_AT_ONCE: Final = 1 << 26
-"""Bytes a call: one moves less than 2 GiB, and keeps the other's pages in memory meanwhile."""
+from skeyd.injection.errors import GoneError, NotAllowedError
 
 
-class _Iovec(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+class Memory:
+    """Memory of a process from `open` to `close`. Synchronization: none."""
 
+    def __init__(self, pid: int, fd: int) -> None:
+        self._pid = pid
+        self._fd = fd
 
-def read(pid: int, address: int, size: int) -> bytes:
-    """Return `size` bytes. OSError EFAULT: not all of it is there; GoneError: the process has ended."""
-    buffer = bytearray(size)
-    if size:
-        read_into(pid, address, memoryview(buffer))
-    return bytes(buffer)
+    @classmethod
+    def open(cls, pid: int) -> Self:
+        """Take the memory that the process has now. NotAllowedError, GoneError."""
+        try:
+            return cls(pid, os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC))
+        except (FileNotFoundError, ProcessLookupError) as error:
+            raise GoneError(pid, f"process {pid} has ended") from error
+        except PermissionError as error:
+            raise NotAllowedError(
+                pid,
+                f"the memory of process {pid} can't be opened: that takes its user, or CAP_DAC_OVERRIDE beside the "
+                "right to trace",
+            ) from error
 
+    def read(self, address: int, size: int) -> bytes:
+        """Return `size` bytes. OSError EFAULT: not all of it is there; GoneError: it is nobody's memory any more."""
+        buffer = bytearray(size)
+        self.read_into(address, memoryview(buffer))
+        return bytes(buffer)
 
-def read_into(pid: int, address: int, buffer: memoryview) -> None:
-    """Fill `buffer`, writable bytes, from an address of the process. Errors as for read."""
-    _move(_libc.process_vm_readv, pid, address, buffer)
-
-
-def write(pid: int, address: int, content: bytes) -> None:
-    """Write where the process itself may. Errors as for read; what lies before the hole may have been written."""
-    if content:
-        _move(_libc.process_vm_writev, pid, address, memoryview(bytearray(content)))
-
-
-def _move(function: Any, pid: int, address: int, buffer: memoryview) -> None:
-    keep = (ctypes.c_ubyte * buffer.nbytes).from_buffer(buffer)
-    start = ctypes.addressof(keep)
-    try:
+    def read_into(self, address: int, buffer: memoryview) -> None:
+        """Fill `buffer`, writable bytes, from an address. Errors as for read."""
         done = 0
         while done < buffer.nbytes:
-            size = min(buffer.nbytes - done, _AT_ONCE)
-            local, remote = _Iovec(start + done, size), _Iovec(address + done, size)
-            # SAFETY: the kernel moves at most `size` bytes at start + done, which `keep` holds in place.
-            moved = function(pid, ctypes.addressof(local), 1, ctypes.addressof(remote), 1, 0)
-            if moved <= 0:
-                failed = ctypes.get_errno() if moved else errno.EFAULT
-                if failed == errno.ESRCH:
-                    raise GoneError(pid, f"process {pid} has ended")
-                raise OSError(failed, f"{os.strerror(failed)}: {size} bytes at {address + done:#x} of process {pid}")
-            done += moved
-    finally:
-        del keep
+            done += self._moved(lambda at: os.preadv(self._fd, [buffer[at:]], address + at), done, address)
+
+    def write(self, address: int, content: bytes) -> None:
+        """Write. Errors as for read; what lies before the hole may have been written.
+
+        Where the process itself may not write, the page becomes its own first, as with a debugger, or it is EFAULT.
+        """
+        view = memoryview(content)
+        done = 0
+        while done < view.nbytes:
+            done += self._moved(lambda at: os.pwritev(self._fd, [view[at:]], address + at), done, address)
+
+    def close(self) -> None:
+        """Close it. Closing twice is fine."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _moved(self, move: Callable[[int], int], at: int, address: int) -> int:
+        try:
+            moved = move(at)
+        except OSError as error:
+            # A hole is EIO here.
+            number = errno.EFAULT if error.errno in (errno.EIO, errno.EFAULT, errno.EINVAL) else error.errno or 0
+            raise OSError(number, f"{os.strerror(number)}: {address + at:#x} of process {self._pid}") from error
+        if not moved:
+            # mem_rw() in fs/proc/base.c @ v6.12: the last user of this memory is gone.
+            raise GoneError(self._pid, f"process {self._pid} has ended, or runs another program now")
+        return moved

@@ -28,7 +28,10 @@ _GET_SYSCALL_INFO: Final = 0x420E
 
 O_TRACESYSGOOD: Final = 1
 """Stops at system calls are told apart from a SIGTRAP. There is no PTRACE_O_EXITKILL here: it would kill a VMM."""
+O_TRACEEXEC: Final = 16
+"""A thread stops when it has executed another program."""
 
+EVENT_EXEC: Final = 4
 EVENT_STOP: Final = 128
 
 SIGSET_SIZE: Final = 8
@@ -38,6 +41,7 @@ SYSCALL_INFO_ENTRY: Final = 1
 SYSCALL_INFO_EXIT: Final = 2
 
 _SYSCALL_INFO: Final = struct.Struct("=B3xIQQ")
+_ENTRY: Final = struct.Struct("=7Q")
 _SYSCALL_INFO_SIZE: Final = 88
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -58,6 +62,10 @@ class SyscallInfo:
     """AUDIT_ARCH_*: whose system calls it makes."""
     result: int
     """At an exit: what the call returned, an errno as a negative number. Otherwise 0."""
+    number: int = -1
+    """At an entry: which call it is."""
+    arguments: tuple[int, ...] = ()
+    """At an entry: all six registers."""
 
 
 def request(number: int, tid: int, address: int | None = None, data: int | None = None) -> int:
@@ -140,5 +148,8 @@ def get_syscall_info(tid: int) -> SyscallInfo:
     # SAFETY: the kernel writes at most _SYSCALL_INFO_SIZE bytes.
     request(_GET_SYSCALL_INFO, tid, _SYSCALL_INFO_SIZE, ctypes.addressof(buffer))
     op, arch, *_ = _SYSCALL_INFO.unpack_from(buffer.raw)
+    if op == SYSCALL_INFO_ENTRY:
+        number, *arguments = _ENTRY.unpack_from(buffer.raw, _SYSCALL_INFO.size)
+        return SyscallInfo(op, arch, 0, number, tuple(arguments))
     (result,) = struct.unpack_from("=q", buffer.raw, _SYSCALL_INFO.size)
     return SyscallInfo(op, arch, result if op == SYSCALL_INFO_EXIT else 0)

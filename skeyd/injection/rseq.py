@@ -10,7 +10,8 @@ import ctypes
 import struct
 from typing import Final
 
-from skeyd.injection import memory, ptrace
+from skeyd.injection import ptrace
+from skeyd.injection.memory import Memory
 
 _GET_RSEQ_CONFIGURATION: Final = 0x420F
 _CONFIGURATION: Final = struct.Struct("=QIIII")
@@ -21,10 +22,10 @@ _SEQUENCE: Final = struct.Struct("=IIQQQ")
 """struct rseq_cs: version, flags, start_ip, post_commit_offset, abort_ip."""
 
 
-def is_inside(pid: int, tid: int, place: int) -> bool:
+def is_inside(memory: Memory, tid: int, place: int) -> bool:
     """Whether a stopped thread, whose next instruction is at `place`, is in such a sequence. OSError.
 
-    False on kernels that don't tell (before Linux 5.13).
+    False on kernels that don't tell (before Linux 5.13): such a thread is broken there.
     """
     buffer = ctypes.create_string_buffer(_CONFIGURATION.size)
     try:
@@ -37,9 +38,9 @@ def is_inside(pid: int, tid: int, place: int) -> bool:
     registered = _CONFIGURATION.unpack(buffer.raw)[0]
     if not registered:
         return False
-    (pointer,) = struct.unpack("=Q", memory.read(pid, registered + _POINTER_AT, 8))
+    (pointer,) = struct.unpack("=Q", memory.read(registered + _POINTER_AT, 8))
     if not pointer:
         return False
-    _, _, start, length, _ = _SEQUENCE.unpack(memory.read(pid, pointer, _SEQUENCE.size))
+    _, _, start, length, _ = _SEQUENCE.unpack(memory.read(pointer, _SEQUENCE.size))
     inside: bool = start <= place < start + length
     return inside

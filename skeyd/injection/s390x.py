@@ -30,6 +30,7 @@ AUDIT_ARCH: Final = 0x80000016
 IOCTL: Final = 54
 MMAP: Final = 90
 MUNMAP: Final = 91
+RESTART_SYSCALL: Final = 7
 _RT_SIGRETURN: Final = 173
 _EINTR: Final = 4
 

@@ -13,6 +13,7 @@ from typing import Final, Self
 from skeyd.injection import proc
 from skeyd.injection.errors import AlreadyTracedError, GoneError, UnsupportedError
 from skeyd.injection.machine import Machine, this_machine
+from skeyd.injection.memory import Memory
 
 VM_LINK: Final = "anon_inode:kvm-vm"
 VCPU_LINK: Final = "anon_inode:kvm-vcpu:"
@@ -45,6 +46,7 @@ class Target:
         except ProcessLookupError as error:
             raise GoneError(pid, f"there is no process {pid}") from error
         self.pid = pid
+        self._memory: Memory | None = None
         self.stub_is_ours = False
         """Whether the stub is there since this one had it written: no tracer before it has left a thread in it."""
         try:
@@ -78,6 +80,19 @@ class Target:
         if self._pidfd is None:
             raise GoneError(self.pid, f"process {self.pid} is nobody's target any more")
         return self._pidfd
+
+    @property
+    def memory(self) -> Memory:
+        """The memory of the program that it ran when this was asked first. NotAllowedError, GoneError."""
+        if self._memory is None:
+            found = Memory.open(self.pid)
+            try:
+                self.check()  # so it was this process's
+            except BaseException:
+                found.close()
+                raise
+            self._memory = found
+        return self._memory
 
     def threads(self) -> list[Thread]:
         """Return its threads that live, the first one first. GoneError."""
@@ -146,7 +161,10 @@ class Target:
             return False
 
     def close(self) -> None:
-        """Close the pidfd."""
+        """Close the pidfd, and its memory."""
+        if self._memory is not None:
+            memory, self._memory = self._memory, None
+            memory.close()
         if self._pidfd is not None:
             fd, self._pidfd = self._pidfd, None
             os.close(fd)

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
@@ -24,7 +25,11 @@ _WALL: Final = 0x40000000
 """__WALL, include/uapi/linux/wait.h @ v6.12: wait for threads too."""
 _SYSCALL_STOP: Final = signal.SIGTRAP | 0x80
 
+_SEIZES: Final = 8
+"""Where the kernel allows no tracing and nobody traces."""
 _SPINS: Final = 50
+_LOOKS: Final = 100
+"""After so many turns in vain it is looked whether the thread has ended."""
 _SHORTEST_NAP: Final = 50e-6
 _LONGEST_NAP: Final = 1e-3
 
@@ -66,10 +71,16 @@ class Tracee:
     @classmethod
     def seize(cls, pid: int, tid: int) -> Tracee:
         """Trace a thread, which runs on. AlreadyTracedError, NotAllowedError, GoneError."""
-        try:
-            ptrace.seize(tid, ptrace.O_TRACESYSGOOD)
-        except OSError as error:
-            _refused(pid, tid, error)
+        for left in reversed(range(_SEIZES)):
+            try:
+                ptrace.seize(tid, ptrace.O_TRACESYSGOOD | ptrace.O_TRACEEXEC)
+            except OSError as error:
+                # The kernel says the same of a tracer that was there, and is gone by the time that one looks for it.
+                if left and error.errno == errno.EPERM and _is_untraced(pid, tid):
+                    os.sched_yield()
+                    continue
+                _refused(pid, tid, error)
+            break
         return cls(pid, tid)
 
     def stop(self, deadline: float) -> None:
@@ -110,11 +121,16 @@ class Tracee:
             turns += 1
             if turns < _SPINS:
                 os.sched_yield()
+            elif turns % _LOOKS == 0 and proc.status(self.pid, self.tid).get("State", "Z")[0] == "Z":
+                # Of a first thread that ends before others the kernel tells when they have ended, too.
+                self._gone()
             else:
                 time.sleep(nap)
                 nap = min(nap * 2, _LONGEST_NAP)
         if found.si_code != os.CLD_TRAPPED:
             self._gone()
+        if found.si_status >> 8 == ptrace.EVENT_EXEC:
+            self._runs_another_program()
         if found.si_status >> 8 == ptrace.EVENT_STOP:
             self.stopped = Stopped(Stop.EVENT)
         elif found.si_status == _SYSCALL_STOP:
@@ -155,6 +171,14 @@ class Tracee:
         except OSError as error:
             self.failed(error)
 
+    def _runs_another_program(self) -> NoReturn:
+        # Nothing that it had is there any more, and nothing of that may be given to the program that it runs now.
+        self.traced = False
+        self.stopped = None
+        with suppress(OSError):
+            ptrace.detach(self.tid)
+        raise GoneError(self.tid, f"process {self.pid} runs another program now")
+
     def _gone(self) -> NoReturn:
         if self.traced:
             self.traced = False
@@ -169,6 +193,10 @@ def _reap(tid: int) -> None:
             pass
     except ChildProcessError:
         pass
+
+
+def _is_untraced(pid: int, tid: int) -> bool:
+    return proc.status(pid, tid).get("TracerPid", "") == "0"
 
 
 def _refused(pid: int, tid: int, error: OSError) -> NoReturn:

@@ -28,7 +28,7 @@ AUDIT_ARCH: Final = 0xC000003E
 MMAP: Final = 9
 MUNMAP: Final = 11
 IOCTL: Final = 16
-_RESTART_SYSCALL: Final = 219
+RESTART_SYSCALL: Final = 219
 
 # syscall; pop r9, r8, r10, rdx, rsi, rdi, r11, rcx, rax; iretq
 STUB: Final = bytes.fromhex("0f05 4159 4158 415a 5a 5e 5f 415b 59 58 48cf").ljust(24, b"\0")
@@ -79,7 +79,7 @@ def block(saved: Saved) -> tuple[int, bytes]:
     # The kernel decides this by what it finds; a thread that restores itself has to bring the outcome along.
     if signed(registers["orig_rax"]) >= 0 and signed(registers["rax"]) in INTERRUPTED:
         again = signed(registers["rax"]) in RESTARTED
-        registers["rax"] = registers["orig_rax"] if again else _RESTART_SYSCALL
+        registers["rax"] = registers["orig_rax"] if again else RESTART_SYSCALL
         registers["rip"] -= 2
     content = _BLOCK.pack(*(registers[name] for name in _POPPED))
     return (registers["rsp"] - _RED_ZONE - len(content)) & ~15, content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -53,10 +54,8 @@ class AdoptedVm:
             # Calls may have been made in it by now, and who was to be adopted is written down whatever came of it.
             error.metadata.update(process.to_metadata() if process else {})
             raise
-        except OSError as error:
-            failed = exhausted(error) or SkeydError(
-                Reason.VMM_UNSUITABLE, f"the VM's process can't be used: {error.strerror or error}"
-            )
+        except KvmError as error:
+            failed = _of_first_call(error)
             failed.metadata.update(process.to_metadata() if process else {})
             raise failed from error
 
@@ -83,6 +82,9 @@ class AdoptedVm:
     def keyop(self, operation: int, gfn: int, key: int = 0) -> int:
         """As the ioctl."""
         with _told():
+            # Linux 7.0 and 7.1 give a key of a frame that has none (docs/kernel.md), and that a frame is in a slot is
+            # whoever's word it was that adopted this.
+            self._vm.look_at_skeys(gfn, 1)
             return self._vm.keyop(operation, gfn, key)
 
     def capture(
@@ -102,7 +104,11 @@ class AdoptedVm:
                 raise keyless(frames[0])
             return time.monotonic_ns() - began
 
-        return HeldCapture(read, seconds)
+        def killed() -> None:
+            # It may have left a thread in the stub, or a handler on top of one, as any tracer that is killed.
+            self._target.stub_is_ours = False
+
+        return HeldCapture(read, seconds, killed)
 
     def release(self) -> None:
         """Leave nothing of skeyd's in the owner. SkeydError where that can't be done now; it may be tried again."""
@@ -165,3 +171,19 @@ def _told(but: tuple[type[InjectionError], ...] = ()) -> Iterator[None]:
         raise
     except InjectionError as error:
         raise vmm_refusals.of_injection(error) from error
+    except OSError as error:
+        # Of looking at the process, which takes descriptors and memory here.
+        failed = exhausted(error) or SkeydError(
+            Reason.VMM_UNSUITABLE, f"the VM's process can't be used: {error.strerror or error}"
+        )
+        raise failed from error
+
+
+def _of_first_call(error: KvmError) -> SkeydError:
+    if error.errno == errno.EIO and error.returned is None:
+        return SkeydError(
+            Reason.VMM_UNSUITABLE,
+            f"{error}: the VM was made by another process, which this one has the descriptor from, or it is dead; "
+            "adopt the process that made it",
+        )
+    return SkeydError(Reason.KERNEL_REFUSED, str(error), {"errno": str(error.errno)})

@@ -22,7 +22,7 @@ from skeyd.injection.expiry import end_at, end_with_parent
 from skeyd.worker.own_capture import expired
 from skeyd.worker.packets import MESSAGE_MAX, decode, error_message, take_answer
 from skeyd.worker.protocol import NANOSECONDS_MAX
-from skeyd.worker.traceback_log import log_traceback
+from skeyd.worker.worker_log import log_traceback
 
 _IN_ORDER_SHARE: Final = 0.1
 _IN_ORDER_MOST: Final = 0.05
@@ -33,15 +33,17 @@ class HeldCapture:
     """A Capture by `read`, which is called in a forked process with the seconds that it may take.
 
     It returns for how long the VMM stood still, in nanoseconds, when it does no more; it raises TimedOutError where the
-    time was too short, and SkeydErrors. OSError where there can be no process.
+    time was too short, and SkeydErrors. OSError where there can be no process. `killed` is called where that process
+    ended and may have let go in the middle of something.
 
     Synchronization: for the thread that made it: it is that thread's end that ends the other process.
     """
 
-    def __init__(self, read: Callable[[float], int], seconds: float) -> None:
+    def __init__(self, read: Callable[[float], int], seconds: float, killed: Callable[[], None] = lambda: None) -> None:
         self._seconds = seconds
         self._end = time.monotonic() + seconds
         self._is_over = False
+        self._killed = killed
         parent = os.getpid()
         self._told, telling = os.pipe()
         try:
@@ -54,6 +56,7 @@ class HeldCapture:
                 # Nobody would know of its end.
                 os.kill(self._pid, signal.SIGKILL)
                 os.waitpid(self._pid, 0)
+                killed()
                 raise
         except BaseException:
             os.close(self._told)
@@ -77,6 +80,7 @@ class HeldCapture:
         self._let_go()
         if said:
             return take_answer(decode(said, "what was said of a capture")).integer("ns", 0, NANOSECONDS_MAX)
+        self._killed()
         if time.monotonic() >= self._end:
             raise expired(self._seconds, "the process that held the VMM was ended by the kernel")
         what = os.waitstatus_to_exitcode(status)
@@ -93,6 +97,7 @@ class HeldCapture:
             self.cancel()
             os.waitpid(self._pid, 0)
             self._let_go()
+            self._killed()
 
     def _let_go(self) -> None:
         self._is_over = True

@@ -32,7 +32,8 @@ def of_injection(error: InjectionError) -> SkeydError:
             return SkeydError(Reason.VMM_TRACED, str(error), where)
         case NotAllowedError():
             return SkeydError(Reason.VMM_NOT_TRACEABLE, f"{error}; {TRACE_REMEDY}", {**where, "remedy": TRACE_REMEDY})
-        case RefusedError(errno=errno.ENOMEM):
+        # EAGAIN is mmap's where a process that locks all its memory may lock no more.
+        case RefusedError(errno=errno.ENOMEM | errno.EAGAIN):
             return SkeydError(Reason.OUT_OF_MEMORY, str(error), where)
         case RefusedError():
             return SkeydError(Reason.VMM_SANDBOXED, str(error), {**where, "system_call": error.call})

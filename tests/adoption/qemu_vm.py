@@ -9,13 +9,12 @@ from typing import Final
 from google.protobuf.duration_pb2 import Duration
 
 from skeyd.client.connection import Client
-from skeyd.injection import memory
 from skeyd.injection.buffer import MARK
 from skeyd.injection.maps import mappings
 from skeyd.v1 import vm_pb2, vm_service_pb2
 from skeyd.worker.adoption import HOLD_MAX_MS
 from tests.injection.qemu import SANDBOX, Qemu
-from tests.injection.victims import look_at_process
+from tests.injection.victims import look_at_process, peek
 
 MIB: Final = 1 << 20
 NAME: Final = "vms/guest"
@@ -61,6 +60,6 @@ def buffers_in(pid: int) -> list[int]:
     for one in mappings(pid):
         if one.access == "rw-p" and not one.path:
             with suppress(OSError):  # pages that aren't there to be read, KVM's for one
-                if memory.read(pid, one.start, len(MARK)) == MARK:
+                if peek(pid, one.start, len(MARK)) == MARK:
                     found.append(one.start)
     return found

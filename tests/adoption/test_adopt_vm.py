@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import sys
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +20,7 @@ from skeyd.v1 import vm_pb2, vm_service_pb2
 from skeyd.worker.adoption import HOLD_MAX_MS
 from skeyd.worker.protocol import LOCK
 from tests.adoption import owners
+from tests.adoption.qemu_vm import buffers_in
 from tests.daemon import DaemonProcess
 from tests.injection.victims import Victim, cannot, differences, look_at_process
 from tests.rpc.stubs import Refusal, Stubs, refusal
@@ -56,6 +58,36 @@ def refused(stubs: Stubs, **fields: Any) -> Refusal:
         adopt(stubs, **fields)
     assert stubs.names() == []
     return refusal(caught.value)
+
+
+PASSED_ON: Final = """
+import fcntl, os, sys
+kvm = os.open("/dev/kvm", os.O_RDWR)
+vm = fcntl.ioctl(kvm, 0xAE01, 0)
+print("ready", flush=True)
+child = os.fork()
+if child: print(child, flush=True)
+os.waitpid(child, 0) if child else os.read(os.pipe()[0], 1)
+"""
+"""Its child has the VM's descriptor, and not the VM."""
+
+
+def test_a_vm_of_another_process_is_refused_with_whose_descriptor_it_was(stubs: Stubs, daemon: DaemonProcess) -> None:
+    owner().__enter__().__exit__(None, None, None)  # skips where there is no KVM
+    with Victim(command=[sys.executable, "-c", PASSED_ON]) as victim:
+        child = int(victim.line())
+        try:
+            found = refused(stubs, pid=child)
+            assert found.reason == "VMM_UNSUITABLE"
+            assert "adopt the process that made it" in found.message
+            assert found.metadata["vmm_pid"] == str(child)
+            assert daemon.wait_for_line("rpc", reason="VMM_UNSUITABLE")["vmm_pid"] == child
+            assert buffers_in(child) == []
+        finally:
+            os.kill(child, signal.SIGKILL)
+            assert victim.process.stdin is not None
+            victim.process.stdin.close()
+            victim.process.wait(60)
 
 
 def test_nobody_adopts_anything_unless_the_daemon_was_started_so(shared_daemon: DaemonProcess) -> None:

@@ -14,7 +14,7 @@ from typing import Final
 
 import pytest
 
-from skeyd.injection import memory, proc
+from skeyd.injection import proc
 from skeyd.injection.buffer import Buffer
 from skeyd.injection.errors import AlreadyTracedError, GoneError, InjectionError, TimedOutError
 from skeyd.injection.expiry import end_at, end_with_parent
@@ -26,7 +26,7 @@ from skeyd.injection.tracee import Tracee
 from tests.injection.test_calls import FIONREAD, FUTEX, GETPID, PPOLL, READ, VFORK, hold
 from tests.injection.test_kills import turns
 from tests.injection.tracers import Steps, count_steps_of, fork, kill_after, run
-from tests.injection.victims import COUNTERS, SECONDS, Victim, differences, python_victim, wait_for
+from tests.injection.victims import COUNTERS, SECONDS, Victim, differences, peek, python_victim, wait_for
 
 pytestmark = [pytest.mark.usefixtures("victims"), pytest.mark.timeout(300)]
 
@@ -36,7 +36,7 @@ SIGNALS: Final = COUNTERS - 1
 
 
 def counted(pid: int, at: int) -> tuple[int, ...]:
-    found: tuple[int, ...] = COUNTING.unpack(memory.read(pid, at, COUNTING.size))
+    found: tuple[int, ...] = COUNTING.unpack(peek(pid, at, COUNTING.size))
     return found
 
 

@@ -112,6 +112,32 @@ def test_one_that_nobody_waits_for_is_killed_and_all_go_on() -> None:
         all_go_on(victim.pid, at)
 
 
+@pytest.mark.parametrize("way", ["in order", "with an error", "budget", "cancelled", "closed"])
+def test_whoever_made_it_is_told_that_it_may_have_ended_in_the_middle_of_something(way: str) -> None:
+    def fail(injection: Injection) -> None:
+        raise SkeydError(Reason.VM_DEAD, "gone")
+
+    told: list[str] = []
+    with Victim("threads") as victim:
+        action = {"in order": lambda _: None, "with an error": fail}.get(way, spin)
+        seconds = 0.5 if way == "budget" else SECONDS
+        capture = HeldCapture(reading(victim.pid, action), seconds, partial(told.append, way))
+        if action is spin:
+            wait_for(lambda: is_held(victim.pid))
+        match way:
+            case "in order":
+                assert end_of(capture) == 7
+            case "with an error" | "budget":
+                with pytest.raises(SkeydError):
+                    end_of(capture)
+            case "cancelled":
+                capture.cancel()
+                with pytest.raises(SkeydError):
+                    end_of(capture)
+        capture.close()
+    assert told == ([way] if action is spin else [])
+
+
 def test_with_the_worker_it_ends_and_all_go_on() -> None:
     with Victim("threads") as victim:
         at = victim.counters()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from skeyd.injection import memory, proc
+from skeyd.injection import proc
 from skeyd.injection.buffer import Buffer
 from skeyd.injection.cave import Cave
 from skeyd.injection.errors import AlreadyTracedError, GoneError, InUseError, TimedOutError
@@ -297,8 +297,8 @@ def test_the_stub_is_gone_when_nobody_needs_it_and_there_while_a_buffer_is() -> 
     with Victim("loop") as victim, Target(victim.pid) as target:
 
         def stub() -> bytes:
-            address = Cave.find(victim.pid, machine).address
-            return memory.read(victim.pid, address, 64)
+            address = Cave.find(victim.pid, target.memory, machine).address
+            return target.memory.read(address, 64)
 
         assert not any(stub())
         with Injection(target, seconds=SECONDS) as injection:

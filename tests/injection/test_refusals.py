@@ -100,8 +100,8 @@ def no_vdso(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_vdso_the_stub_lies_behind_the_code_of_a_file(no_vdso: None) -> None:
     machine = this_machine()
     assert machine is not None
-    with Victim("loop") as victim:
-        address = cave.Cave.find(victim.pid, machine).address
+    with Victim("loop") as victim, Target(victim.pid) as target:
+        address = cave.Cave.find(victim.pid, target.memory, machine).address
         (there,) = (one for one in mappings(victim.pid) if one.start <= address < one.end)
         assert there.access == "r-xp"
         assert there.path.startswith("/")

@@ -11,7 +11,6 @@ from typing import Any, Final
 
 import pytest
 
-from skeyd.injection import memory
 from skeyd.injection.errors import BufferLostError, GoneError, InjectionError, NoVmError
 from skeyd.injection.injection import Injection
 from skeyd.injection.maps import mappings
@@ -21,7 +20,7 @@ from skeyd.injection.vm import ForeignVm
 from skeyd.kvm import abi
 from skeyd.kvm.errors import KvmError
 from skeyd.kvm.system import Kvm
-from tests.injection.victims import SECONDS, Victim, cannot, differences, look_at_process
+from tests.injection.victims import SECONDS, Victim, cannot, differences, look_at_process, peek
 
 pytestmark = pytest.mark.usefixtures("victims")
 
@@ -160,7 +159,7 @@ def test_nothing_is_written_to_what_the_process_has_in_the_place_of_its_buffer(o
         for call in (foreign.set_skeys, foreign.get_skeys):
             with pytest.raises(BufferLostError):
                 call(0, memoryview(bytearray(b"\x70" * MOST)))
-        assert not any(memory.read(owner.victim.pid, address, size))
+        assert not any(peek(owner.victim.pid, address, size))
 
 
 def test_only_the_buffer_goes_where_the_kernel_has_joined_it_with_other_memory(owner: Owner) -> None:

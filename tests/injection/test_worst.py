@@ -11,13 +11,14 @@ from typing import Any, Final
 import pytest
 
 from skeyd.injection import buffer as buffer_module
-from skeyd.injection import memory, proc, ptrace
+from skeyd.injection import proc, ptrace
 from skeyd.injection.buffer import Buffer
 from skeyd.injection.cave import Cave
 from skeyd.injection.errors import NotAllowedError, TimedOutError
 from skeyd.injection.frozen import Frozen
 from skeyd.injection.injection import Injection
 from skeyd.injection.maps import mappings
+from skeyd.injection.memory import Memory
 from skeyd.injection.registers import Call
 from skeyd.injection.target import Target
 from skeyd.injection.tracee import Tracee
@@ -54,15 +55,15 @@ def test_what_is_noted_to_be_a_buffer_and_is_larger_than_any_is_not_looked_throu
 ) -> None:
     read: list[int] = []
 
-    def recorded(pid: int, address: int, size: int) -> bytes:
+    def recorded(memory: Memory, address: int, size: int) -> bytes:
         read.append(size)
-        return real(pid, address, size)
+        return real(memory, address, size)
 
-    real = memory.read
+    real = Memory.read
     with Victim("loop") as victim, Target(victim.pid) as target, Injection(target, seconds=SECONDS) as injection:
         large = injection.mmap(0, 64 * MIB, PROT_READ_WRITE, MAP_PRIVATE_ANONYMOUS)
         injection.write_note(large, 64 * MIB, 0)
-        monkeypatch.setattr(memory, "read", recorded)
+        monkeypatch.setattr(Memory, "read", recorded)
         buffer = Buffer.open(injection, 5000)
         assert max(read) <= 4 * MIB
         assert not large <= buffer.address < large + 64 * MIB
@@ -75,7 +76,7 @@ def test_what_is_noted_to_be_a_buffer_and_is_larger_than_any_is_not_looked_throu
 def test_what_no_skeyd_has_noted_is_no_buffer(start: int, size: int) -> None:
     with Victim("loop") as victim, Target(victim.pid) as target, Injection(target, seconds=SECONDS) as injection:
         at = injection.mmap(0, 8 * MIB, PROT_READ_WRITE, MAP_PRIVATE_ANONYMOUS)
-        memory.write(victim.pid, at + start, buffer_module.MARK)
+        target.memory.write(at + start, buffer_module.MARK)
         injection.write_note(at + start, size, 0)
         Buffer.open(injection, 5000).close(injection)
         (found,) = [one for one in mappings(victim.pid) if one.start <= at < one.end]

@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable
 from typing import Any, Final, NoReturn
 
-from skeyd.injection import memory, ptrace
+from skeyd.injection import ptrace
 from skeyd.injection.buffer import Buffer
 from skeyd.injection.injection import Injection
+from skeyd.injection.memory import Memory
 from skeyd.injection.target import Target
 from tests.injection.victims import SECONDS
 
@@ -47,7 +48,7 @@ class Steps:
     def install(self) -> None:
         """Wrap what every step goes through."""
         ptrace.request = self._wrapped(ptrace.request)
-        memory._move = self._wrapped(memory._move)
+        Memory._moved = self._wrapped(Memory._moved)  # type: ignore[method-assign]
 
     def _wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def step(*arguments: Any) -> Any:

@@ -18,6 +18,7 @@ from typing import Final, Self
 
 import pytest
 
+from skeyd.injection.memory import Memory
 from skeyd.injection.tracee import YAMA
 from tests.processes import look_at
 
@@ -166,6 +167,15 @@ class Victim:
     def look(self) -> dict[str, object]:
         """Return what /proc says of it and should be the same afterwards."""
         return look_at_process(self.pid)
+
+
+def peek(pid: int, address: int, size: int) -> bytes:
+    """Read a process's memory."""
+    memory = Memory.open(pid)
+    try:
+        return memory.read(address, size)
+    finally:
+        memory.close()
 
 
 def look_at_process(pid: int) -> dict[str, object]:

@@ -10,6 +10,7 @@ import pytest
 
 from skeyd.errors import Reason, SkeydError
 from skeyd.injection import proc
+from skeyd.kvm.errors import KvmError
 from skeyd.worker import adopted
 from skeyd.worker.adopted import AdoptedVm
 from skeyd.worker.adoption import Adoption
@@ -45,6 +46,70 @@ def test_whatever_fails_in_its_process_is_told_with_whose_it_is(
     found = refused.value.metadata
     assert (found["vmm_pid"], found["vmm_uid"]) == (str(process.pid), str(os.getuid()))
     assert {"vmm_start_time", "vmm_executable"} <= found.keys()
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"), [(errno.EIO, Reason.VMM_UNSUITABLE), (errno.EINVAL, Reason.KERNEL_REFUSED)]
+)
+def test_a_first_call_that_the_kernel_refuses_is_told_with_whose_process_it_was_made_in(
+    monkeypatch: pytest.MonkeyPatch, number: int, reason: Reason
+) -> None:
+    class Refusing:
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def check_extension(self, _: int) -> int:
+            raise KvmError("KVM_CHECK_EXTENSION", number)
+
+        def __enter__(self) -> Refusing:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(adopted, "ForeignVm", Refusing)
+    with owner() as process:
+        spec = Spec(
+            "guest", UID, "adopted", (SlotSpec(0, 1 << 20, "vmm"),), 0, adoption=Adoption(process.pid, 0, -1, 9)
+        )
+        with pytest.raises(SkeydError) as refused:
+            AdoptedVm(spec)
+    assert (refused.value.reason, refused.value.metadata["vmm_pid"]) == (reason, str(process.pid))
+
+
+def test_a_frame_that_has_no_key_is_not_given_one() -> None:
+    """Linux 7.0 and 7.1 answer 0 with a key for a frame in no slot, and that it is in one is somebody's word only."""
+
+    class Hole:
+        def look_at_skeys(self, start_gfn: int, count: int) -> bool:
+            assert (start_gfn, count) == (7, 1)
+            raise KvmError("KVM_S390_GET_SKEYS", errno.EFAULT)
+
+        def keyop(self, *_: int) -> int:
+            return 5
+
+    vm = AdoptedVm.__new__(AdoptedVm)
+    vm._vm = Hole()  # type: ignore[assignment]
+    for operation in (1, 2, 3):
+        with pytest.raises(KvmError) as refused:
+            vm.keyop(operation, 7)
+        assert refused.value.errno == errno.EFAULT
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [(errno.ENFILE, Reason.HOST_EXHAUSTED), (errno.ENOMEM, Reason.OUT_OF_MEMORY), (errno.EIO, Reason.VMM_UNSUITABLE)],
+)
+def test_a_look_at_the_process_that_fails_is_told_as_such(number: int, reason: Reason) -> None:
+    class Unlucky:
+        def get_skeys(self, *_: Any) -> bool:
+            raise OSError(number, os.strerror(number))
+
+    vm = AdoptedVm.__new__(AdoptedVm)
+    vm._vm = Unlucky()  # type: ignore[assignment]
+    with pytest.raises(SkeydError) as refused:
+        vm.get_skeys(0, memoryview(bytearray(1)))
+    assert refused.value.reason is reason
 
 
 def test_the_owner_of_a_buffer_that_cant_be_looked_at_may_live(monkeypatch: pytest.MonkeyPatch) -> None:
