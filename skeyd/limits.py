@@ -119,6 +119,10 @@ in the queue."""
 WORKER_ANSWER_SECONDS: Final = 60.0
 """How long a worker may take to answer for a slice."""
 
+ROLL_BACK_STALL_SECONDS: Final = 30.0
+"""How long a SetSkeys that failed waits for old keys of which none comes back, as while a debugger has the VM's
+process. Its outcome is UNKNOWN then; the worker goes on trying, and GetVm's `last_write` tells what came of it."""
+
 WORKER_END_SECONDS: Final = 30.0
 """How long a worker may take to end after it agreed to."""
 

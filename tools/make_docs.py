@@ -27,7 +27,9 @@ def errors() -> str:
         "these frames (GetVm's `last_write` has 256 ranges, the last of which reaches to the end of all, where there are",
         "more); `KEPT`, as the request wanted, and `next_gfn`, `keys_set` and `crc32`",
         "say up to where, and `uncertain` which slice the kernel stopped in, if it did; `UNKNOWN`, since the worker is",
-        "gone or can't be asked. `enabled` says that the guest uses storage keys since.\n",
+        f"gone or can't be asked, or no old key came back for {limits.ROLL_BACK_STALL_SECONDS:g} s: it goes on trying, and",
+        "`last_write` has the end. `enabled` says that the guest uses storage keys since. A SetSkeys that there is no room",
+        "for is refused before it is read, and says nothing of keys: nothing was done.\n",
         "| reason | status | means | try again after |",
         "| --- | --- | --- | --- |",
     ]

@@ -21,7 +21,7 @@ from skeyd.rpc.incarnation import require_incarnation
 from skeyd.rpc.slots import CallSlots
 from skeyd.v1 import storage_key_service_pb2 as pb
 from skeyd.vms.registry import Registry
-from skeyd.vms.writing import KeysDigest, KeyWriting, Progress, WriteOptions
+from skeyd.vms.writing import UNCHANGED, KeysDigest, KeyWriting, Progress, WriteOptions
 from skeyd.wire import ChunkMessage
 from skeyd.worker.outcomes import REQUEST_ID
 
@@ -32,7 +32,21 @@ def set_skeys(
     requests: Iterator[pb.SetSkeysRequest],
     context: grpc.ServicerContext,
 ) -> Iterator[pb.SetSkeysResponse]:
-    """Answer a SetSkeys call, as the contract says."""
+    """Answer a SetSkeys call, as the contract says. What it is refused with says what became of the keys."""
+    try:
+        yield from _answers(registry, streams, requests, context)
+    except SkeydError as error:
+        # Whatever came after KeyWriting.told has been told; before that nothing was begun.
+        error.metadata.setdefault("outcome", UNCHANGED)
+        raise
+
+
+def _answers(
+    registry: Registry,
+    streams: CallSlots,
+    requests: Iterator[pb.SetSkeysRequest],
+    context: grpc.ServicerContext,
+) -> Iterator[pb.SetSkeysResponse]:
     first = next(requests, None)
     if first is None or first.WhichOneof("part") != "header":
         raise SkeydError(Reason.REQUEST_INVALID, "the first message of a SetSkeys stream is its header")

@@ -60,8 +60,9 @@ class StorageKeyServiceStub:
     ROLLED_BACK, DIRTY (the kernel refused the old keys too; "dirty" has the ranges whose keys are neither known to be
     old nor new, cut where that is long; GetVm's `last_write` has 256, the last of which reaches to the end of all),
     KEPT (with ON_INTERRUPT_KEEP: "next_gfn", "keys_set" and "crc32" say up to where the new keys are, "uncertain" which
-    frames have old keys or new ones, since the kernel stopped in the middle of them), or UNKNOWN (the worker is gone, or
-    can't be asked); "enabled" says that the guest uses storage keys since this call, which nothing undoes. Who can't be
+    frames have old keys or new ones, since the kernel stopped in the middle of them), or UNKNOWN (the worker is gone,
+    can't be asked, or gets no old key back for long, as while a debugger has an adopted VM's process; it goes on trying);
+    "enabled" says that the guest uses storage keys since this call, which nothing undoes. Who can't be
     told, since the connection is gone, asks GetVm, whose `last_write` has it, or sends the same request_id again.
     ABORTED VM_REPLACED: another VM than the header's `incarnation` has the name.
 
@@ -179,8 +180,9 @@ class StorageKeyServiceAsyncStub:
     ROLLED_BACK, DIRTY (the kernel refused the old keys too; "dirty" has the ranges whose keys are neither known to be
     old nor new, cut where that is long; GetVm's `last_write` has 256, the last of which reaches to the end of all),
     KEPT (with ON_INTERRUPT_KEEP: "next_gfn", "keys_set" and "crc32" say up to where the new keys are, "uncertain" which
-    frames have old keys or new ones, since the kernel stopped in the middle of them), or UNKNOWN (the worker is gone, or
-    can't be asked); "enabled" says that the guest uses storage keys since this call, which nothing undoes. Who can't be
+    frames have old keys or new ones, since the kernel stopped in the middle of them), or UNKNOWN (the worker is gone,
+    can't be asked, or gets no old key back for long, as while a debugger has an adopted VM's process; it goes on trying);
+    "enabled" says that the guest uses storage keys since this call, which nothing undoes. Who can't be
     told, since the connection is gone, asks GetVm, whose `last_write` has it, or sends the same request_id again.
     ABORTED VM_REPLACED: another VM than the header's `incarnation` has the name.
 
@@ -302,8 +304,9 @@ class StorageKeyServiceServicer(metaclass=abc.ABCMeta):
         ROLLED_BACK, DIRTY (the kernel refused the old keys too; "dirty" has the ranges whose keys are neither known to be
         old nor new, cut where that is long; GetVm's `last_write` has 256, the last of which reaches to the end of all),
         KEPT (with ON_INTERRUPT_KEEP: "next_gfn", "keys_set" and "crc32" say up to where the new keys are, "uncertain" which
-        frames have old keys or new ones, since the kernel stopped in the middle of them), or UNKNOWN (the worker is gone, or
-        can't be asked); "enabled" says that the guest uses storage keys since this call, which nothing undoes. Who can't be
+        frames have old keys or new ones, since the kernel stopped in the middle of them), or UNKNOWN (the worker is gone,
+        can't be asked, or gets no old key back for long, as while a debugger has an adopted VM's process; it goes on trying);
+        "enabled" says that the guest uses storage keys since this call, which nothing undoes. Who can't be
         told, since the connection is gone, asks GetVm, whose `last_write` has it, or sends the same request_id again.
         ABORTED VM_REPLACED: another VM than the header's `incarnation` has the name.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from skeyd.checksum import crc32_joined
 from skeyd.digest import Digester
 from skeyd.errors import Reason, SkeydError, reserved_bit
 from skeyd.gfn import GfnRange, Ranges
-from skeyd.limits import DEFAULT_SLICE_SECONDS
+from skeyd.limits import DEFAULT_SLICE_SECONDS, ROLL_BACK_STALL_SECONDS
 from skeyd.storage_key import look_through
 from skeyd.vms.pacing import Pace
 from skeyd.vms.reading import KeysRead, read
@@ -24,6 +25,10 @@ UNCHANGED: Final = "UNCHANGED"
 UNKNOWN: Final = "UNKNOWN"
 _TOLD_HERE: Final = ("outcome", "dirty", "next_gfn", "keys_set", "crc32")
 """What an error says of the keys is the front's to say: a worker's own words of it would be believed beside that."""
+
+_PAUSE_SECONDS: Final = 0.001
+_MOST_PAUSE_SECONDS: Final = 0.25
+"""Between questions how far a rollback has come, where it has come no further: twice as long each time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +101,6 @@ class KeyWriting:
         self._range = 0
         self._begun = False
         self._committed = False
-        self._slices = 0
-        """That the worker was asked to set."""
         self.progress = Progress(ranges[0].start, 0, 0, False, 0)
         resulting = options.resulting
         # Of what comes, where it is only checked: it is what the guest would have.
@@ -168,7 +171,6 @@ class KeyWriting:
                 part = view[at : at + piece.count]
                 repaired, enabled = 0, False
                 if not self._options.validate_only:
-                    self._slices += 1
                     repaired, enabled, took = self._session.write_slice(piece, part, self._options.allow_enable)
                     self._pace.took(piece.count, took)
                 at += piece.count
@@ -240,13 +242,21 @@ class KeyWriting:
             error.metadata["uncertain" if last.outcome == "kept" else "dirty"] = _listed(last.dirty)
 
     def _end(self) -> LastWrite | None:
-        # Each answer has one slice more rolled back, and the last says so: a worker that needs more turns is a liar.
-        for _ in range(self._slices + 1):
+        # For as long as old keys come back. Where none do, somebody else may have the VM's process for a while, or the
+        # worker lies; the worker goes on all the same, and GetVm tells how it ended.
+        left, pause, stalled = -1, 0.0, time.monotonic()
+        while True:
             last = self._session.abandon()
             if last is None or last.outcome != "rolling_back":
                 self._require_possible(last)
                 return last
-        raise self._strange(f"it still rolls back {self._slices} slices")
+            if left < 0 or last.left < left:
+                left, pause, stalled = last.left, 0.0, time.monotonic()
+            elif time.monotonic() >= stalled + ROLL_BACK_STALL_SECONDS:
+                raise self._strange(f"{last.left} keys are still to be rolled back")
+            else:
+                time.sleep(pause)
+                pause = min(2 * pause + _PAUSE_SECONDS, _MOST_PAUSE_SECONDS)
 
     def _require_possible(self, last: LastWrite | None) -> None:
         # What a client is told it builds upon: that nothing has changed, or where to go on.

@@ -15,7 +15,7 @@ from skeyd.worker.backend import Backend, Capture, KeptKeys, Printing
 from skeyd.worker.own_capture import FrozenKeys
 from skeyd.worker.packets import ProtocolError
 from skeyd.worker.protocol import FROZEN_KEYS
-from skeyd.worker.traceback_log import log_traceback
+from skeyd.worker.worker_log import log_traceback
 
 MAX_PRINTINGS: Final = 4
 """Owners that have one kept at once; each costs a byte a key of the guest at worst."""

@@ -13,8 +13,9 @@ from __future__ import annotations
 import os
 import zlib
 from array import array
-from collections.abc import Callable
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from skeyd.errors import Reason, SkeydError, exhausted
@@ -29,6 +30,9 @@ JOINED_KEYS: Final = 1 << 16
 
 JOINED_RANGES: Final = 4096
 """Ranges of frames that make a record, however few keys they have."""
+
+_RECENT: Final = 4
+"""Slices that were put on last: as large as the largest of them is what is taken off, at most."""
 
 _SAMPLE: Final = 4096
 """Keys by which it is told whether a record is worth compressing."""
@@ -46,8 +50,8 @@ class JournalDamagedError(Exception):
 class Journal:
     """A stack of (frames, keys). Synchronization: none; one thread owns it.
 
-    Slices that follow one another are taken off as slices of the largest that was put on, at most: never more of them
-    than were put on. `open_file` makes the file, once memory is full.
+    Slices that follow one another are taken off as slices of the largest that was put on lately, at most: the first
+    ones may have been too large for the kernel (skeyd.vms.pacing). `open_file` makes the file, once memory is full.
     """
 
     def __init__(self, open_file: Callable[[], int]) -> None:
@@ -56,8 +60,8 @@ class Journal:
         self._fd = -1
         self._size = 0
         """Of the file."""
-        self._largest = 1
-        """Keys in the largest slice."""
+        self._recent = deque([1], _RECENT)
+        """Keys in the slices that were put on last."""
         self._keys = bytearray()
         """Of the slices on top, which are in no record."""
         self._ranges = array("Q")
@@ -70,38 +74,49 @@ class Journal:
     def push(self, frames: GfnRange, keys: bytes | bytearray | memoryview) -> None:
         """Put a slice on top.
 
-        SkeydError HOST_EXHAUSTED or WORKER_FAILED where the file doesn't take what is to be written before that; the
-        stack is then as it was.
+        SkeydError HOST_EXHAUSTED or WORKER_FAILED where the file doesn't take what is to be written before that, or
+        MemoryError; the stack is then as it was.
         """
         full = len(self._keys) + len(keys) > JOINED_KEYS or len(self._ranges) >= 2 * JOINED_RANGES
         if self._ranges and full:
+            nothing = bytearray(), array("Q")
             self._record(self._keys, self._ranges)
-            self._keys, self._ranges = bytearray(), array("Q")
+            self._keys, self._ranges = nothing
         if len(keys) >= JOINED_KEYS:
             self._record(keys, array("Q", (frames.start, frames.count)))
         else:
-            self._keys += keys
-            if self._ranges and self._ranges[-2] + self._ranges[-1] == frames.start:
-                self._ranges[-1] += frames.count
-            else:
-                self._ranges.extend((frames.start, frames.count))
-        self._largest = max(self._largest, frames.count)
+            with _as_before(self._keys, self._ranges):
+                follows = len(self._ranges) > 0 and self._ranges[-2] + self._ranges[-1] == frames.start
+                if not follows:
+                    self._ranges.extend((frames.start, frames.count))
+                self._keys += keys
+                if follows:
+                    self._ranges[-1] += frames.count
+        self._recent.append(frames.count)
 
     def pop(self) -> tuple[GfnRange, bytes] | None:
-        """Take the slice on top, or None. JournalDamagedError where its record can't be read, which is off then."""
+        """Take the slice on top, or None.
+
+        JournalDamagedError where its record can't be read, which is off then. MemoryError: it is as it was.
+        """
         if not self._ranges:
             if not self._records:
                 return None
             self._take_record()
         start, frames = self._ranges[-2:]
-        count = min(frames, self._largest)
+        count = min(frames, max(self._recent))
         keys = bytes(self._keys[-count:])
+        taken = GfnRange(start + frames - count, count)
         del self._keys[-count:]
         if count == frames:
             del self._ranges[-2:]
         else:
             self._ranges[-1] = frames - count
-        return GfnRange(start + frames - count, count), keys
+        return taken, keys
+
+    def frames(self) -> int:
+        """Return how many frames its slices have."""
+        return sum(self._recorded[1::2]) + sum(self._ranges[1::2])
 
     def rest(self) -> list[GfnRange]:
         """Return the frames of all slices that are still in it, those that touch joined where they were pushed so."""
@@ -123,12 +138,13 @@ class Journal:
         packed = _pack(keys)
         in_file = self._fd >= 0 or len(self._memory) + len(packed) > MEMORY_BYTES
         at = self._size if in_file else len(self._memory)
-        if in_file:
-            self._write(packed)
-        else:
-            self._memory += packed
-        self._records.extend((in_file, at, len(packed), zlib.crc32(packed), len(ranges) // 2))
-        self._recorded.extend(ranges)
+        with _as_before(self._memory, self._records, self._recorded):
+            self._records.extend((in_file, at, len(packed), zlib.crc32(packed), len(ranges) // 2))
+            self._recorded.extend(ranges)
+            if in_file:
+                self._write(packed)
+            else:
+                self._memory += packed
 
     def _take_record(self) -> None:
         # Its slices become those on top. Where memory is too short for them they are still in the record.
@@ -137,7 +153,9 @@ class Journal:
         packed = self._read(at, length) if in_file else bytes(self._memory[at : at + length])
         keys = None
         if packed is not None and len(packed) == length and zlib.crc32(packed) == crc32:
-            keys = _unpack(packed, sum(ranges[1::2]))
+            unpacked = _unpack(packed, sum(ranges[1::2]))
+            keys = bytearray(unpacked) if unpacked is not None else None
+        damaged = JournalDamagedError(_joined(_frames(ranges))) if keys is None else None
         del self._records[-5:]
         del self._recorded[-2 * count :]
         if in_file:
@@ -145,8 +163,9 @@ class Journal:
         else:
             del self._memory[at:]
         if keys is None:
-            raise JournalDamagedError(_joined(_frames(ranges)))
-        self._keys, self._ranges = bytearray(keys), ranges
+            assert damaged is not None  # noqa: S101  made above
+            raise damaged
+        self._keys, self._ranges = keys, ranges
 
     def _write(self, record: bytes) -> None:
         try:
@@ -169,6 +188,19 @@ class Journal:
             return os.pread(self._fd, length, at)
         except OSError:
             return None
+
+
+@contextmanager
+def _as_before(*grown: bytearray | array[int]) -> Iterator[None]:
+    # Have all of them as long as they were where something is raised: one that is longer than another would give frames
+    # the keys of others.
+    lengths = [len(one) for one in grown]
+    try:
+        yield
+    except BaseException:
+        for one, length in zip(grown, lengths, strict=True):
+            del one[length:]
+        raise
 
 
 def _frames(ranges: array[int]) -> list[GfnRange]:

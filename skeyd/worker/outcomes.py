@@ -6,8 +6,9 @@
                      {"op": "abandon"}                                                  → {"ok": {"last_write"?}}
 
 "set" requests between them are part of the call. "commit" says what they were to set; where the worker has set
-something else the call ends without one. "abandon" is sent again while the outcome is "rolling_back": each has one
-slice rolled back, so that no answer takes longer than that of a "set". The end of the connection does the same.
+something else the call ends without one. "abandon" is sent again while the outcome is "rolling_back": each has a step
+of that done, so that no answer takes longer than that of a "set", and says how much is left. The end of the connection
+does the same.
 """
 
 from __future__ import annotations
@@ -87,6 +88,8 @@ class LastWrite:
     dirty: tuple[GfnRange, ...] = ()
     """Frames whose keys are neither known to be the old nor the new ones: ascending and apart. Of a call that is "kept"
     those of the slice that the kernel stopped in the middle of."""
+    left: int = 0
+    """Of a call that is "rolling_back": frames that are still to have their old keys."""
 
     def to_message(self) -> dict[str, Any]:
         """Write it down."""
@@ -98,6 +101,7 @@ class LastWrite:
             "enabled": self.enabled,
             "end": self.end,
             "dirty": [{"start": one.start, "count": one.count} for one in self.dirty],
+            "left": self.left,
         }
 
     @classmethod
@@ -121,4 +125,6 @@ class LastWrite:
             message.boolean("enabled"),
             message.integer("end", 0, GFN_LIMIT),
             dirty,
+            # A worker of an earlier build doesn't say.
+            message.integer("left", 0, GFN_LIMIT) if message.has("left") else 0,
         )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Final, Protocol
 
-from skeyd.errors import Reason, SkeydError, read_only
+from skeyd.errors import Reason, SkeydError, exhausted, read_only
 from skeyd.linux import peer_of
 from skeyd.storage_key import GFN_LIMIT
 from skeyd.worker.backend import Backend, Printing
@@ -23,8 +23,8 @@ from skeyd.worker.keys import Keys
 from skeyd.worker.outcomes import CRC_MAX, FINGERPRINT, REQUEST_ID, Begun, LastWrite
 from skeyd.worker.packets import Fields, ProtocolError, error_message
 from skeyd.worker.protocol import KEYOPS, Hello
-from skeyd.worker.traceback_log import log_traceback
 from skeyd.worker.transactions import Call, Transactions
+from skeyd.worker.worker_log import log_line, log_traceback
 
 MAX_CONNECTIONS: Final = 128
 """Connections at once; one more is closed unanswered. Each costs protocol.BUFFER_BYTES at most."""
@@ -102,6 +102,17 @@ class Service:
                 self._drop(connection)
             self._captures.close()
             self._selector.close()
+            self._say_what_is_not_well()
+
+    def _say_what_is_not_well(self) -> None:
+        # Of a VM that goes on without this process nobody else knows it then.
+        last = self._transactions.outcome()
+        if self._release is not None and last is not None and last.outcome in ("dirty", "rolling_back"):
+            frames = ", ".join(map(str, last.dirty)) or "none that is known"
+            log_line(
+                f"ends with the last SetSkeys {last.outcome}, {last.left} keys not rolled back; frames that have other "
+                f"keys than before: {frames}"
+            )
 
     def _end(self) -> None:
         self._running = False
@@ -118,9 +129,10 @@ class Service:
 
     def _seconds_left(self) -> float | None:
         # Until there is something to do though nobody asks.
-        if self._transactions.rolling_back or (self._captures.is_running() and self._captures.fileno() is None):
+        if self._captures.is_running() and self._captures.fileno() is None:
             return 0
-        return self._captures.seconds_left()
+        left = [one for one in (self._transactions.seconds_left(), self._captures.seconds_left()) if one is not None]
+        return min(left, default=None)
 
     def _accept(self) -> None:
         try:
@@ -138,15 +150,35 @@ class Service:
             connection.close()
             return
         self._connections.add(connection)
-        self._selector.register(accepted, selectors.EVENT_READ, connection)
-        self._send(connection, self._hello.to_message())
+        if self._watch(connection):
+            self._send(connection, self._hello.to_message())
+
+    def _watch(self, connection: FrontConnection) -> bool:
+        # The kernel bounds how many descriptors may be watched. The VM must not end for that, a connection may.
+        try:
+            self._selector.register(connection.channel.connection, selectors.EVENT_READ, connection)
+        except OSError:
+            self._connections.remove(connection)
+            self._transactions.abandon(connection)
+            self._captures.abandon(connection)
+            connection.close()
+            return False
+        return True
+
+    def _watch_capture(self, connection: FrontConnection, descriptor: int) -> None:
+        try:
+            self._selector.register(descriptor, selectors.EVENT_READ, self._captures)
+        except OSError as error:
+            # Nobody would hear of its end; who is there to be answered may be somebody else by then.
+            self._captures.abandon(connection)
+            raise exhausted(error) or error from error
 
     def _serve(self, connection: FrontConnection) -> None:
         try:
             received = connection.channel.receive("request")
         except BlockingIOError:
             return
-        except (ProtocolError, OSError):
+        except (ProtocolError, OSError, MemoryError):
             self._drop(connection)
             return
         if received is None:
@@ -170,7 +202,7 @@ class Service:
             if self._capture_requests.begin(asked):
                 descriptor = self._captures.fileno()
                 if descriptor is not None:
-                    self._selector.register(descriptor, selectors.EVENT_READ, self._captures)
+                    self._watch_capture(connection, descriptor)
                 return  # the answer comes when it has ended
             answer, fd = self._answer(connection, request)
         except SkeydError as error:
@@ -261,9 +293,7 @@ class Service:
             good = {"ok": {"uses_keys": True, "ns": end}}
             self._send(connection, error_message(end) if isinstance(end, SkeydError) else good)
         waiting = self._capture_requests.take_waiting()
-        for one in waiting:
-            self._selector.register(one.connection.channel.connection, selectors.EVENT_READ, one.connection)
-        for one in waiting:
+        for one in [one for one in waiting if self._watch(one.connection)]:
             if one.connection.channel.is_ended():
                 self._drop(one.connection)  # nobody looked meanwhile
             else:

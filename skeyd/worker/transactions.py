@@ -6,6 +6,7 @@ before, and what became of it is the worker's to know. A call belongs to a conne
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
@@ -24,6 +25,15 @@ REMEMBERED: Final = 64
 
 DIRTY_KEPT: Final = 1 << 16
 """Ranges of dirty frames that are told apart while a call is rolled back."""
+
+RETRY_SECONDS: Final = 0.5
+"""After so long what could not be set again for no frame's fault is tried once more."""
+
+PATIENCE_SECONDS: Final = 60.0
+"""Where nothing could be set again for so long, a part at a time is given up."""
+
+_PASSES: Final = frozenset((Reason.VMM_TRACED, Reason.VMM_STUCK))
+"""However long it takes: it ends by itself, or with the VM. A debugger goes, and a thread that waits goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +86,12 @@ class _Open:
         """The kernel was asked to set something, in this call or in the one that it goes on with."""
         self.restoring: Restoring | None = None
         """What was taken off the journal and isn't all set again."""
+        self.failing_since: float | None = None
+        """Since when nothing could be set again. By the monotonic clock, as the next."""
+        self.not_before = 0.0
+        """When setting again is to be tried next."""
+        self.was_keyless = False
+        """The guest used no keys when the kernel was first asked to set some."""
         self.dirty: list[GfnRange] = []
         self.uncertain: list[GfnRange] = []
         """What the kernel was asked to set and nobody knows whether it did."""
@@ -110,6 +126,12 @@ class Transactions:
     def rolling_back(self) -> bool:
         """Whether `step` has something to do."""
         return self._open is not None and self._open.owner is None
+
+    def seconds_left(self) -> float | None:
+        """Return in how many seconds `step` has something to do; None: it hasn't."""
+        if self._open is None or self._open.owner is not None:
+            return None
+        return max(0.0, self._open.not_before - time.monotonic())
 
     def stop(self) -> None:
         """Let no key be set any more but those that roll back, of the call that runs too. It is abandoned."""
@@ -187,16 +209,12 @@ class Transactions:
             # Of a guest that used no keys they are zero: the keys that it has once it uses some.
             current.journal.push(frames, old)
             current.journaled += frames.count
+        current.was_keyless |= not uses_keys and not current.done.enabled
         current.asked = True
         self._kept = None
         # Until it is known: whatever ends the write, the kernel may have set some of it.
         current.uncertain = [*_without(current.uncertain, frames), frames]
-        try:
-            written = self._keys.write_checked(frames, keys, uses_keys, look)
-        except SkeydError as error:
-            if error.metadata.get("enabled") == "true":
-                current.done = replace(current.done, enabled=True)
-            raise
+        written = self._keys.write_checked(frames, keys, uses_keys, look)
         current.uncertain.pop()
         current.done = current.done.plus(frames, keys, written)
         return written
@@ -241,10 +259,12 @@ class Transactions:
     def step(self) -> None:
         """Set the old keys of one slice again, and verify them; where the kernel refuses some, a part of that.
 
-        Whatever goes wrong is part of the outcome; what nobody foresaw is raised too, once that is settled.
+        Where it can't be done now, and no frame is why, it is done later (`seconds_left`): of a VM of another process
+        that somebody else traces, or whose thread hangs, however long that takes; for other reasons PATIENCE_SECONDS
+        long. Whatever goes wrong is part of the outcome; what nobody foresaw is raised too.
         """
         current = self._open
-        if current is None or current.owner is not None:
+        if current is None or current.owner is not None or time.monotonic() < current.not_before:
             return
         journal = current.journal
         assert journal is not None  # noqa: S101  else it was settled at once
@@ -255,18 +275,38 @@ class Transactions:
                     self._settle()
                     return
                 current.restoring = Restoring(self._keys, *popped)
-            current.dirty += current.restoring.step()
-            if current.restoring.is_done:
-                current.restoring = None
+            left = current.restoring.left()
+            current.restoring.step(current.dirty)
+            if current.restoring.left() < left:
+                current.failing_since = None
         except JournalDamagedError as damaged:
             # What lies below it is whole, and is set again all the same.
             current.dirty += damaged.frames
+        except (SkeydError, OSError, MemoryError) as error:
+            now = time.monotonic()
+            if current.failing_since is None:
+                current.failing_since = now
+            passes = isinstance(error, SkeydError) and error.reason in _PASSES
+            if passes or now < current.failing_since + PATIENCE_SECONDS:
+                current.not_before = now + RETRY_SECONDS
+                return
+            self._give_up(current, journal)
         except Exception:
-            current.dirty += [*journal.rest(), *([current.restoring.frames] if current.restoring else [])]
-            self._settle()
+            self._give_up(current, journal)
             raise
+        if current.restoring is not None and current.restoring.is_done:
+            current.restoring = None
         if len(current.dirty) > DIRTY_KEPT:
             current.dirty = _joined(current.dirty, DIRTY_KEPT // 2)
+
+    @staticmethod
+    def _give_up(current: _Open, journal: Journal) -> None:
+        # What is in work; where not even that could be had, all.
+        if current.restoring is not None:
+            current.restoring.give_up(current.dirty)
+        else:
+            current.dirty += journal.rest()
+            journal.close()
 
     def outcome(self) -> LastWrite | None:
         """Say what became, or is becoming, of the last call that set a key."""
@@ -300,12 +340,21 @@ class Transactions:
         self._open = None
         if not current.asked:
             return
+        if current.was_keyless and not current.done.enabled:
+            current.done = replace(current.done, enabled=self._may_use_keys())
         if current.journal is None:
             if current.call.request_id:
                 self._kept = _Kept(current.call, current.done, tuple(current.uncertain))
             self._note("kept", current)
         else:
             self._note("dirty" if current.dirty else "rolled_back", current)
+
+    def _may_use_keys(self) -> bool:
+        # That can't be undone, so it is said where nobody can know.
+        try:
+            return self._keys.uses_keys()
+        except (SkeydError, OSError, MemoryError):
+            return True
 
     def _note(self, outcome: str, current: _Open) -> None:
         if current.asked:
@@ -321,7 +370,13 @@ class Transactions:
             current.done.enabled,
             current.done.end,
             tuple(_joined(current.uncertain if outcome == "kept" else current.dirty)),
+            self._left(current) if outcome == "rolling_back" else 0,
         )
+
+    @staticmethod
+    def _left(current: _Open) -> int:
+        in_work = current.restoring.left() if current.restoring is not None else 0
+        return in_work + (current.journal.frames() if current.journal is not None else 0)
 
 
 def _require_same(request_id: str, fingerprint: str, before: str) -> None:

@@ -128,6 +128,7 @@ class Case:
                     assert (told.keys_set, told.crc32) == (len(plan.keys), zlib.crc32(plan.keys))
             case "UNCHANGED" | "ROLLED_BACK":
                 world.require_equal(guest, now, old, f"the keys of a call that is {self.outcome}")
+                assert self.outcome == "UNCHANGED" or not plan.keep, "what was to be kept is rolled back"
             case "DIRTY":
                 dirty = {gfn for one in last.dirty for gfn in range(one.start_gfn, one.start_gfn + one.count)}
                 assert dirty

@@ -40,7 +40,7 @@ OLD: Final = some_keys(256, 1) + bytes(256) + some_keys(256, 2) + bytes(256)
 
 @dataclass(frozen=True)
 class Fault:
-    """Something to happen once."""
+    """Something to happen once, or, with an action that "always:" begins, from then on."""
 
     who: str
     """ "front", "client" or "worker"; the last is the worker of the VM that is written to."""

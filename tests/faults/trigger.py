@@ -1,8 +1,8 @@
 """Faults on order: a process looks at each named point whether it is to be hurt there.
 
 An order is the file `fault-WHO.json` in the daemon's runtime directory: {"id", "point", "nth", "action"}. It is carried
-out once, and the file then has the name `fired-WHO.json`, so that a test knows that it was. The standard library only:
-workers load it.
+out once, and the file then has the name `fired-WHO.json`, so that a test knows that it was. What "always:" begins is
+done again and again from then on, until that file is gone. The standard library only: workers load it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import signal
 from contextlib import suppress
 from typing import Any, Final
 
+ALWAYS: Final = "always:"
 TRACE: Final = "trace"
 """Where this file is, every ioctl of a worker leaves a line in it."""
 
@@ -36,10 +37,15 @@ class Trigger:
         self._trace = os.path.join(directory, TRACE)  # noqa: PTH118
         self._fd = directory_fd
         self._counted: tuple[int, int] = (0, 0)
+        self._lasting: Any = None
 
     def at(self, point: str) -> str | None:
         """Be killed or stopped here if that was ordered, or return what else was."""
-        order = self._read()
+        order = self._read(self._order)
+        if order is None and self._lasting is not None and self._lasting["point"] == point:
+            # It may have been taken back meanwhile.
+            self._lasting = self._read(self._fired)
+            return str(self._lasting["action"]).removeprefix(ALWAYS) if self._lasting is not None else None
         if order is None or order["point"] != point:
             return None
         number, seen = self._counted
@@ -52,6 +58,8 @@ class Trigger:
         except FileNotFoundError:
             return None
         action = str(order["action"])
+        self._lasting = order if action.startswith(ALWAYS) else None
+        action = action.removeprefix(ALWAYS)
         match action.split(":"):
             case ["kill"]:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -70,9 +78,9 @@ class Trigger:
             finally:
                 os.close(fd)
 
-    def _read(self) -> Any:
+    def _read(self, name: str) -> Any:
         try:
-            fd = os.open(self._order, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._fd)
+            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._fd)
         except FileNotFoundError:
             return None
         with os.fdopen(fd) as file:

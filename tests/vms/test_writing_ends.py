@@ -11,6 +11,7 @@ import pytest
 
 from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange, Ranges
+from skeyd.limits import ROLL_BACK_STALL_SECONDS
 from skeyd.vms.pacing import FIRST_KEYS
 from skeyd.vms.writing import KeysDigest, KeyWriting, Progress, WriteOptions
 from skeyd.worker.outcomes import Begun, LastWrite
@@ -64,24 +65,60 @@ def test_a_slice_that_the_worker_refused_ends_the_call_and_says_what_became_of_i
     assert session.calls == ["begin", "abandon"]
 
 
-def test_the_old_keys_are_waited_for_until_the_last_of_them_is_back() -> None:
+class Clock:
+    """Moves while somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.pauses: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.now += seconds
+
+
+def test_the_old_keys_are_waited_for_until_the_last_of_them_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("skeyd.vms.writing.time", clock)
     session = FakeSession(MEMORY)
     rolling = kept_write(b"\x20" * 4, outcome="rolling_back")
-    session.outcomes = [rolling, rolling, replace(rolling, outcome="rolled_back")]
+    # More answers than there were slices: the kernel may refuse some frames, and others have to be tried one by one.
+    session.outcomes = [*(replace(rolling, left=left) for left in range(50, 0, -1)), replace(rolling, outcome="dirty")]
     ours = begin(session, (0x100, 8))
-    write_chunk(ours, 0x100, b"\x20" * 2)
-    write_chunk(ours, 0x102, b"\x20" * 2)
-    assert error_of(ours, ours.cut).metadata == {"outcome": "ROLLED_BACK"}
-    assert session.calls == ["begin", "abandon", "abandon", "abandon"]
+    write_chunk(ours, 0x100, b"\x20" * 4)
+    assert error_of(ours, ours.cut).metadata["outcome"] == "DIRTY"
+    assert session.calls == ["begin", *["abandon"] * 51]
+    assert clock.pauses == [], "it went on"
 
 
-def test_a_worker_that_says_for_ever_that_it_rolls_back_is_not_waited_for() -> None:
+@pytest.mark.parametrize("left", [0, 4])
+def test_a_worker_with_which_nothing_comes_back_is_asked_now_and_then_and_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch, left: int
+) -> None:
+    """A debugger may have the VM's process; a worker of an earlier build doesn't say what is left."""
+    clock = Clock()
+    monkeypatch.setattr("skeyd.vms.writing.time", clock)
     session = FakeSession(MEMORY)
-    session.outcomes = [kept_write(b"\x20" * 4, outcome="rolling_back")] * 3
+    rolling = kept_write(b"\x20" * 4, outcome="rolling_back", left=left)
+    session.outcomes = [rolling] * 10_000
     ours = begin(session, (0x100, 8))
     write_chunk(ours, 0x100, b"\x20" * 4)
     assert error_of(ours, ours.cut).metadata == {"outcome": "UNKNOWN"}
-    assert session.calls == ["begin", "abandon", "abandon"]
+    assert ROLL_BACK_STALL_SECONDS <= clock.now < ROLL_BACK_STALL_SECONDS + 1
+    assert len(session.calls) < 200
+    assert clock.pauses[0] == 0, "the first answer may have come right before something was done"
+
+
+def test_of_a_worker_that_goes_on_after_a_while_it_is_known() -> None:
+    session = FakeSession(MEMORY)
+    rolling = kept_write(b"\x20" * 4, outcome="rolling_back", left=4)
+    session.outcomes = [*[rolling] * 8, replace(rolling, outcome="rolled_back")]
+    ours = begin(session, (0x100, 8))
+    write_chunk(ours, 0x100, b"\x20" * 4)
+    assert error_of(ours, ours.cut).metadata == {"outcome": "ROLLED_BACK"}
 
 
 @pytest.mark.parametrize("keep", [False, True])

@@ -6,8 +6,10 @@ import errno
 import os
 import random
 import zlib
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -108,17 +110,15 @@ def test_any_stack_comes_back_whether_in_memory_or_in_a_file(
             ours.push(frames, keys)
             expected += zip(range(frames.start, frames.end), keys, strict=True)
             gfn = frames.end
-        assert sum(one.count for one in ours.rest()) == len(expected)
-        pops = 0
+        assert sum(one.count for one in ours.rest()) == ours.frames() == len(expected)
         while (popped := ours.pop()) is not None:
             frames, keys = popped
-            pops += 1
-            assert frames.count <= max(count for _, count, _ in pushed)
+            # The first slices of a call may have been larger than the kernel has time for.
+            assert frames.count <= max(count for _, count, _ in pushed[-4:])
             assert expected[-frames.count :] == list(zip(range(frames.start, frames.end), keys, strict=True))
             del expected[-frames.count :]
-            assert sum(one.count for one in ours.rest()) == len(expected)
+            assert sum(one.count for one in ours.rest()) == ours.frames() == len(expected)
         assert expected == []
-        assert pops <= len(pushed)
         ours.close()
     assert len(made) <= 1
 
@@ -353,20 +353,82 @@ def test_a_file_that_cant_be_read_loses_one_record_at_a_time(disk: Disk, monkeyp
     ours.close()
 
 
-def test_a_record_that_there_is_no_memory_for_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = Journal(no_file)
-    whole = (GfnRange(5, MIB), b"\x10\x20" * (MIB // 2))
-    ours.push(*whole)
+class Memory:
+    """Runs out once: at the nth time that a journal grows, with the half of it done."""
 
-    def short(*_: object) -> None:
-        raise MemoryError
+    def __init__(self, times: int) -> None:
+        self.times = times
 
-    with monkeypatch.context() as patched:
-        patched.setattr(journal, "_unpack", short)
-        with pytest.raises(MemoryError):
-            ours.pop()
-    assert ours.rest() == [whole[0]]
-    assert ours.pop() == whole
+    def take(self) -> None:
+        self.times -= 1
+        if not self.times:
+            raise MemoryError
+
+
+def short_of(memory: Memory) -> dict[str, Any]:
+    class Bytes(bytearray):
+        def __init__(self, *given: Any) -> None:
+            memory.take()
+            super().__init__(*given)
+
+        def __iadd__(self, more: Any) -> Any:  # type: ignore[misc]  # as bytearray's own
+            super().__iadd__(bytes(more)[: len(more) // 2])
+            memory.take()
+            return super().__iadd__(bytes(more)[len(more) // 2 :])
+
+    class Numbers(array):  # type: ignore[type-arg]
+        def extend(self, more: Any) -> None:
+            super().extend(tuple(more)[:1])
+            memory.take()
+            super().extend(tuple(more)[1:])
+
+    return {"bytearray": Bytes, "array": Numbers}
+
+
+@pytest.mark.parametrize("joined_keys", [1, 10, 1000])
+@pytest.mark.parametrize("memory_bytes", [0, 1000], ids=["file", "memory"])
+def test_wherever_memory_is_short_no_key_is_lost_or_another_frames(
+    monkeypatch: pytest.MonkeyPatch, joined_keys: int, memory_bytes: int
+) -> None:
+    slices = [(GfnRange(start, 4), some_keys(4, start)) for start in (0, 4, 100, 104, 200, 300)]
+    monkeypatch.setattr(journal, "JOINED_KEYS", joined_keys)
+    monkeypatch.setattr(journal, "MEMORY_BYTES", memory_bytes)
+    reached = 0
+    for times in range(1, 1000):
+        memory = Memory(0)
+        for name, short in short_of(memory).items():
+            monkeypatch.setattr(journal, name, short, raising=False)
+        ours = Journal(lambda: os.memfd_create("journal"))
+        memory.times = times
+        found: list[tuple[int, int]] = []
+        failed = 0
+        for frames, keys in slices:
+            before = ours.rest()
+            try:
+                ours.push(frames, keys)
+            except MemoryError:
+                failed += 1
+                assert ours.rest() == before
+                ours.push(frames, keys)
+        while ours.frames():
+            left = ours.frames()
+            try:
+                popped = ours.pop()
+            except MemoryError:
+                failed += 1
+                assert ours.frames() == left
+                continue
+            assert popped is not None
+            found = [*zip(range(popped[0].start, popped[0].end), popped[1], strict=True), *found]
+        assert found == [
+            pair for frames, keys in slices for pair in zip(range(frames.start, frames.end), keys, strict=True)
+        ]
+        memory.times = 0
+        ours.close()
+        if not failed:
+            break
+        reached += 1
+    assert reached > len(slices)
 
 
 @pytest.mark.parametrize("packed", [b"", b"no zlib", zlib.compress(b"\x10" * 99), zlib.compress(b"\x10" * 101)[:-9]])

@@ -167,6 +167,7 @@ BAD: dict[str, dict[tuple[str | int, ...], list[Any]]] = {
         ("crc32",): [*NO_INTEGER, -1, 1 << 32],
         ("enabled",): NO_FLAG,
         ("end",): [*NO_INTEGER, -1, (1 << 64) + 1],
+        ("left",): [*(one for one in NO_INTEGER if one is not None), -1, (1 << 64) + 1],
         ("dirty",): [*NO_LIST, *([one] for one in NO_OBJECT), [{"start": 0, "count": 1}] * (DIRTY_RANGES + 1), []],
         ("dirty", 1, "start"): [*NO_INTEGER, -1, 1 << 64],
         ("dirty", 1, "count"): [*NO_INTEGER, -1, 0, (1 << 64) + 1],
@@ -196,6 +197,7 @@ MAY_BE_MISSING: dict[str, tuple[tuple[str | int, ...], ...]] = {
     ),
     "hello": (("vmm", "name"), ("vmm", "access"), ("freezes",)),
     "found": (("candidates", 1, "name"),),
+    "last_write": (("left",),),
 }
 """Who wrote it can be older than these."""
 every_field = pytest.mark.parametrize(("kind", "place"), [one for kind in READERS for one in _places(kind)])

@@ -12,6 +12,7 @@ import pytest
 
 from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange
+from skeyd.kvm.errors import KvmError
 from skeyd.worker import restoring, transactions
 from skeyd.worker.journal import Journal
 from skeyd.worker.keys import Keys
@@ -282,7 +283,9 @@ def test_old_keys_that_are_damaged_are_dirty_frames_and_all_others_are_set_again
     assert guest.read() == OLD[:100] + b"\x90" * 100 + OLD[200:400] + b"\x90" * 100 + OLD[500:]
 
 
-def test_old_keys_that_are_lost_are_dirty_frames_and_never_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_keys_that_are_lost_are_dirty_frames_and_never_made_up(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
     guest = Guest()
     guest.begin()
     guest.set(0, b"\x90" * 100)
@@ -295,16 +298,20 @@ def test_old_keys_that_are_lost_are_dirty_frames_and_never_made_up(monkeypatch: 
         raise MemoryError
 
     monkeypatch.setattr(Journal, "pop", broken)
-    with pytest.raises(MemoryError):
+    while clock.passed < transactions.PATIENCE_SECONDS:
         guest.calls.step()
-    assert not guest.calls.rolling_back
-    last = guest.calls.last_write
+        assert guest.calls.rolling_back
+        assert guest.calls.outcome() is not None
+        clock.wait(guest.calls.seconds_left())
+    guest.calls.step()
+    monkeypatch.undo()
+    last = guest.settle()
     assert last is not None
     assert (last.outcome, last.dirty) == ("dirty", (GfnRange(0, 200),))
     assert guest.read() == b"\x90" * 200 + OLD[200:]
 
 
-def test_a_mistake_in_the_middle_of_a_slice_makes_it_dirty_and_ends_the_call() -> None:
+def test_a_mistake_in_the_middle_of_a_slice_makes_it_dirty_and_no_other() -> None:
     backend = Stubborn()
     guest = Guest(backend)
     guest.begin()
@@ -315,10 +322,186 @@ def test_a_mistake_in_the_middle_of_a_slice_makes_it_dirty_and_ends_the_call() -
         patched.setattr(Keys, "write_checked", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             guest.calls.step()
-    last = guest.calls.last_write
+    last = guest.settle()
     assert last is not None
-    assert last.dirty == (GfnRange(0, 100), GfnRange(500, 100))
+    assert last.dirty == (GfnRange(500, 100),)
+    assert guest.read()[:500] == OLD[:500]
     guest.calls.require_idle()
+
+
+# --- what passes ---------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """The monotonic clock of the calls, which moves as a test says."""
+
+    def __init__(self) -> None:
+        self.passed = 0.0
+
+    def __call__(self) -> float:
+        """Tell the time."""
+        return 1000 + self.passed
+
+    def wait(self, seconds: float | None) -> None:
+        """Let so much time pass, or none."""
+        self.passed += seconds or 0.0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("skeyd.worker.transactions.time.monotonic", clock)
+    return clock
+
+
+class Interrupted(Recording):
+    """Fails as long as there is something to fail with, whatever it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__((0, 4), kernel="4.19")
+        self.error: BaseException | None = None
+        self.asked = 0
+
+    def _fail(self) -> None:
+        self.asked += 1
+        if self.error is not None:
+            raise self.error
+
+    def get_skeys(self, start_gfn: int, buffer: memoryview) -> bool:
+        """Read the keys."""
+        self._fail()
+        return super().get_skeys(start_gfn, buffer)
+
+    def set_skeys(self, start_gfn: int, buffer: memoryview) -> None:
+        """Set them."""
+        self._fail()
+        super().set_skeys(start_gfn, buffer)
+
+
+PASSING = {
+    "a debugger": SkeydError(Reason.VMM_TRACED, "a debugger"),
+    "a thread that hangs": SkeydError(Reason.VMM_STUCK, "it hangs"),
+    "a sandbox": SkeydError(Reason.VMM_SANDBOXED, "ioctl is refused"),
+    "no descriptors": OSError(errno.ENFILE, "Too many open files in system"),
+    "no memory": MemoryError(),
+    "no memory in the kernel": KvmError("KVM_S390_GET_SKEYS", errno.ENOMEM),
+}
+FOR_EVER = ("a debugger", "a thread that hangs")
+
+
+@pytest.mark.parametrize("what", PASSING)
+def test_what_passes_costs_no_key(clock: Clock, what: str) -> None:
+    backend = Interrupted()
+    guest = Guest(backend)
+    guest.begin()
+    guest.set(0, b"\x90" * 100)
+    guest.set(100, b"\xa0" * 600)
+    guest.calls.abandon("a")
+    backend.error = PASSING[what]
+    while clock.passed < transactions.PATIENCE_SECONDS - 1:
+        asked = backend.asked
+        guest.calls.step()
+        last = guest.calls.outcome()
+        assert last is not None
+        assert (last.outcome, last.dirty, last.left) == ("rolling_back", (), 700)
+        # Now and then, and not for as long as each of 700 frames takes.
+        assert backend.asked - asked <= 11
+        pause = guest.calls.seconds_left()
+        assert pause is not None
+        asked = backend.asked
+        if pause:
+            guest.calls.step()
+            assert backend.asked == asked, "it was too early"
+        clock.wait(pause)
+    backend.error = None
+    last = guest.settle()
+    assert last is not None
+    assert (last.outcome, last.left) == ("rolled_back", 0)
+    assert guest.read() == OLD
+
+
+@pytest.mark.parametrize("what", PASSING)
+def test_what_does_not_pass_is_given_up_unless_it_must(clock: Clock, what: str) -> None:
+    backend = Interrupted()
+    guest = Guest(backend)
+    guest.begin()
+    for at in range(0, 1000, 200):
+        guest.set(at, b"\x90" * 200)
+    guest.calls.abandon("a")
+    backend.error = PASSING[what]
+    steps = 0
+    while clock.passed < 3 * transactions.PATIENCE_SECONDS and guest.calls.rolling_back:
+        guest.calls.step()
+        clock.wait(guest.calls.seconds_left())
+        steps += 1
+    assert guest.calls.rolling_back == (what in FOR_EVER)
+    if what in FOR_EVER:
+        backend.error = None
+        last = guest.settle()
+        assert last is not None
+        assert last.outcome == "rolled_back"
+        assert guest.read() == OLD
+    else:
+        last = guest.calls.outcome()
+        assert last is not None
+        assert (last.outcome, last.dirty) == ("dirty", (GfnRange(0, 1000),))
+        assert clock.passed < transactions.PATIENCE_SECONDS + 10
+
+
+def test_a_step_asks_no_more_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restoring, "STEP_SECONDS", 0.0)
+    backend = Stubborn("7.2")
+    guest = Guest(backend)
+    guest.begin()
+    guest.set(0, b"\x90" * FRAMES)
+    backend.bad = set(range(0, FRAMES, 2))
+    guest.calls.abandon("a")
+    while guest.calls.rolling_back:
+        before = len(backend.tried)
+        guest.calls.step()
+        assert len(backend.tried) - before <= 1
+    assert {gfn for gfn, (found, old) in enumerate(zip(guest.read(), OLD, strict=True)) if found != old} == backend.bad
+
+
+def test_what_is_left_becomes_less_with_every_part_that_is_done() -> None:
+    backend = Stubborn("7.2")
+    guest = Guest(backend)
+    guest.begin()
+    for at in range(0, FRAMES, 256):
+        guest.set(at, b"\x90" * 256)
+    backend.bad = set(range(300, 350))
+    guest.calls.abandon("a")
+    left = [FRAMES]
+    while guest.calls.rolling_back:
+        guest.calls.step()
+        last = guest.calls.outcome()
+        assert last is not None
+        left.append(last.left)
+    assert left == sorted(left, reverse=True)
+    assert (left[1], left[-1]) == (768, 0)
+
+
+@pytest.mark.parametrize("fails", ["the SET", "the read-back and whoever asks then"])
+def test_that_a_call_may_have_enabled_keys_is_said(fails: str) -> None:
+    backend = Interrupted()
+    guest = Guest(backend, keyless=True)
+    guest.begin()
+
+    def enable_and_fail(start_gfn: int, buffer: memoryview) -> None:
+        Recording.set_skeys(backend, start_gfn, buffer)
+        backend.error = KvmError("KVM_S390_GET_SKEYS", errno.ENOMEM)
+        if fails == "the SET":
+            raise MemoryError
+
+    backend.set_skeys = enable_and_fail  # type: ignore[method-assign]
+    with pytest.raises((SkeydError, MemoryError)):
+        guest.set(0, b"\x90" * 100, allow_enable=True)
+    backend.error = None
+    del backend.set_skeys
+    last = guest.settle()
+    assert last is not None
+    assert (last.outcome, last.enabled) == ("rolled_back", True)
+    assert guest.read() == bytes(FRAMES)
 
 
 def test_rolling_back_takes_one_slice_a_step() -> None:

@@ -1,7 +1,8 @@
-"""What nobody foresaw, written to the worker's log."""
+"""What nobody foresaw, and what nobody else will know, written to the worker's log."""
 
 from __future__ import annotations
 
+import sys
 import traceback
 from contextlib import suppress
 
@@ -13,3 +14,9 @@ def log_traceback() -> None:
     """
     with suppress(OSError):
         traceback.print_exc()
+
+
+def log_line(text: str) -> None:
+    """Write a line there, if it is taken."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)  # noqa: T201  that is the log
