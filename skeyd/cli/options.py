@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
-from skeyd.client import SetOptions
+from skeyd.client import KeysDigest, SetOptions
 from skeyd.errors import SkeydError
 from skeyd.gfn import GfnRange
 from skeyd.storage_key import GFN_LIMIT, StorageKey
@@ -22,6 +22,18 @@ _DIGITS: Final = r"0x[0-9a-f]+|0|[1-9][0-9]*"
 _NUMBER: Final = re.compile(_DIGITS, re.IGNORECASE | re.ASCII)
 _SIZE: Final = re.compile(rf"({_DIGITS})([kmgt]?)", re.IGNORECASE | re.ASCII)
 _UNITS: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+class _Sha256(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic since click 8.2
+    name = "sha256"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bytes:
+        """Read 64 hexadecimal digits."""
+        if isinstance(value, bytes):
+            return value
+        if not re.fullmatch(r"[0-9a-f]{64}", value, re.IGNORECASE | re.ASCII):
+            self.fail(f"{value!r} is no SHA-256 in 64 hexadecimal digits", param, ctx)
+        return bytes.fromhex(value)
 
 
 def json_option(function: _F) -> _F:
@@ -47,11 +59,24 @@ def set_options(function: _F) -> _F:
         validate_only: bool,
         request_id: str,
         resume: bool,
+        incarnation: str,
+        expected_digest: bytes | None,
+        resulting_digest: bytes | None,
+        digests_with_referenced_changed: bool,
         **others: Any,
     ) -> Any:
         if resume and not request_id:
             raise click.UsageError("--resume goes on with a --request-id")
-        how = SetOptions(allow_enable, keep or resume, validate_only, request_id, resume)
+        how = SetOptions(
+            allow_enable=allow_enable,
+            keep=keep or resume,
+            validate_only=validate_only,
+            request_id=request_id,
+            resume=resume,
+            incarnation=incarnation,
+            expected=_digest(expected_digest, digests_with_referenced_changed),
+            resulting=_digest(resulting_digest, digests_with_referenced_changed),
+        )
         return function(*arguments, how=how, **others)
 
     wrapped: Any = with_how
@@ -70,11 +95,32 @@ def set_options(function: _F) -> _F:
                 is_flag=True,
                 help="Go on with the request of this ID that was cut and kept. Implies --keep.",
             ),
+            click.option(
+                "--incarnation",
+                default="",
+                metavar="HEX",
+                help="The VM that is meant, as `vm show` has it: no other that has its name by now.",
+            ),
+            click.option(
+                "--expected-digest",
+                type=_Sha256(),
+                help="What `keys digest` must say of these ranges before anything is set.",
+            ),
+            click.option(
+                "--resulting-digest",
+                type=_Sha256(),
+                help="What it must say afterwards, or all is rolled back. Not with --keep.",
+            ),
+            click.option("--digests-with-referenced-changed", is_flag=True, help="These digests cover both bits, too."),
         )
     ):
         wrapped = option(wrapped)
     done: _F = allow_enable_option(wrapped)
     return done
+
+
+def _digest(sha256: bytes | None, with_referenced_changed: bool) -> KeysDigest | None:
+    return None if sha256 is None else KeysDigest(sha256, with_referenced_changed)
 
 
 def with_referenced_changed_option(function: _F) -> _F:

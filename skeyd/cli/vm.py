@@ -221,7 +221,13 @@ def delete(target: str, vm_id: str, yes: bool, as_json: bool) -> None:
     if not yes:
         if not sys.stdin.isatty():
             raise click.UsageError(f"deleting {name} can't be undone; off a terminal say --yes")
-        _confirm(f"Delete {name}, its memory and its keys?")
+        with connect(target) as client:
+            is_adopted = client.get_vm(name).kind == vm_pb2.VM_KIND_ADOPTED
+        _confirm(
+            f"Let go of {name}? Its process keeps the guest, and the keys as they are."
+            if is_adopted
+            else f"Delete {name}, its memory and its keys?"
+        )
     with connect(target) as client:
         client.delete_vm(name)
     if as_json:

@@ -50,6 +50,11 @@ class NotingDaemon(LyingDaemon):
     ) -> vm_service_pb2.ListVmsResponse:
         return vm_service_pb2.ListVmsResponse(vms=self.vms)
 
+    def GetVm(  # noqa: N802
+        self, request: vm_service_pb2.GetVmRequest, context: grpc.ServicerContext
+    ) -> vm_service_pb2.GetVmResponse:
+        return vm_service_pb2.GetVmResponse(vm=next(vm for vm in self.vms if vm.name == request.name))
+
     def __enter__(self) -> NotingDaemon:
         super().__enter__()
         return self

@@ -297,6 +297,37 @@ def test_a_request_id_is_applied_once(keys: Skeyctl, new_vm: NewVm, stubs: Stubs
     assert keys("set", name, "0+16", "--acc", "2", "--request-id", "a b").status == 1
 
 
+def test_the_vm_and_its_keys_before_and_afterwards_can_be_said(keys: Skeyctl, new_vm: NewVm, stubs: Stubs) -> None:
+    name = new_vm((0, 1))
+    stubs.set(name, [(0, b"\x24" * 256)])
+    arguments = ("set", name, "0+256", "--acc", "1")
+    before = {
+        flag: keys("digest", name, *flag, "--json").value["digest"] for flag in ((), ("--with-referenced-changed",))
+    }
+    both = "--digests-with-referenced-changed"
+
+    def refused(*more: str) -> str:
+        done = keys(*arguments, *more)
+        assert (done.status, done.out) == (1, "")
+        assert stubs.get(name).keys == b"\x24" * 256
+        return done.err
+
+    assert "[VM_REPLACED]" in refused("--incarnation", "0" * 32)
+    assert "[EXPECTED_DIGEST_MISMATCH]" in refused("--expected-digest", "0" * 64)
+    assert "[EXPECTED_DIGEST_MISMATCH]" in refused("--expected-digest", before[()], both)
+    assert "[RESULT_DIGEST_MISMATCH]" in refused("--resulting-digest", before[()])
+    incarnation = stubs.look_at(name).incarnation
+    good = keys(
+        *arguments, "--incarnation", incarnation, "--expected-digest", before["--with-referenced-changed",], both
+    )
+    assert good.status == 0
+    after = keys("digest", name, "--json").value["digest"]
+    assert keys(*arguments, "--expected-digest", after.upper(), "--resulting-digest", after).status == 0
+    done = keys(*arguments, "--expected-digest", after[:-1])
+    assert done.status == 2
+    assert "is no SHA-256" in done.err
+
+
 def test_what_was_kept_is_gone_on_with(
     shared_daemon: DaemonProcess, keys: Skeyctl, new_vm: NewVm, stubs: Stubs
 ) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from skeyd.v1 import vm_pb2
+from tests.cli.noting_daemon import NotingDaemon
 from tests.cli.running import Terminal, skeyctl_process
 from tests.daemon import DaemonProcess
 from tests.rpc.fixtures import NewVm
@@ -34,6 +36,15 @@ def test_a_vm_is_deleted_after_a_yes(
     else:
         assert done.out == f"{name} deleted\n", "nothing of the question"
     assert name not in stubs.names()
+
+
+def test_of_an_adopted_vm_it_is_asked_what_is_done_to_it(runtime_dir: Path) -> None:
+    with NotingDaemon(runtime_dir) as daemon:
+        daemon.vms = [vm_pb2.Vm(name="vms/web", kind=vm_pb2.VM_KIND_ADOPTED)]
+        with Terminal("--target", daemon.target, "vm", "delete", "web") as terminal:
+            terminal.wait_for("Let go of vms/web? Its process keeps the guest, and the keys as they are. [y/N]: ")
+            terminal.enter("n\n")
+            assert terminal.end().status == 130
 
 
 @pytest.mark.parametrize("answer", ["n\n", "\n", "yep\n", END_OF_FILE])
