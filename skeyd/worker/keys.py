@@ -96,16 +96,24 @@ class Keys:
         return self.write_checked(frames, keys, uses_keys)
 
     def write_checked(
-        self, frames: GfnRange, keys: bytes, uses_keys: bool, look: Callable[[], None] = _nobody_looks
+        self,
+        frames: GfnRange,
+        keys: bytes,
+        uses_keys: bool,
+        look: Callable[[], None] = _nobody_looks,
+        *,
+        exact: bool = False,
     ) -> Written:
         """Set keys that `check` has seen, of a guest that uses keys or may begin to, and prove it.
 
+        `exact`: what has R or C too many when it is read back is set again once. The kernel may have lost it, and what
+        was there before be the same but for them; else that is left to the guest, which may have touched the frame.
         `look` is called before each SET, and raises a SkeydError where there is to be no more. A SkeydError has the
         metadata "uncertain", the range of which some frames may have been set, and "enabled" where the guest uses keys
         since.
         """
         try:
-            repaired = self._set_verified(frames, keys, look)
+            repaired = self._set_verified(frames, keys, look, exact)
         except SkeydError as error:
             error.metadata["uncertain"] = str(frames)
             with suppress(SkeydError):
@@ -115,7 +123,7 @@ class Keys:
             raise
         return Written(repaired, not uses_keys)
 
-    def _set_verified(self, frames: GfnRange, keys: bytes, look: Callable[[], None]) -> int:
+    def _set_verified(self, frames: GfnRange, keys: bytes, look: Callable[[], None], exact: bool) -> int:
         wanted = bytearray(keys)
         found = bytearray(len(keys))
         self._backend.prepare_set(frames.start, wanted)
@@ -124,15 +132,16 @@ class Keys:
         self._read_back(frames, found)
         lost = lost_runs(wanted, found)
         repaired = sum(length for _, length in lost)
+        again = differing_runs(wanted, found, 0xFF) if exact else lost
         for _ in range(REPAIRS):
-            if not lost:
+            if not again:
                 return repaired
-            for index, length in lost:
+            for index, length in again:
                 part = GfnRange(frames.start + index, length)
                 look()
                 self._set(part, memoryview(wanted)[index : index + length])
             self._read_back(frames, found)
-            lost = lost_runs(wanted, found)
+            again = lost_runs(wanted, found)
         # R that is still missing may be the guest's doing, which resets it as it likes. ACC and F are changed by SETs,
         # and by a guest that runs and sets keys itself: its own take part in this race as in any (docs/design.md).
         wrong = differing_runs(wanted, found)

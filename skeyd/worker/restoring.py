@@ -13,7 +13,7 @@ from typing import Final
 
 from skeyd.errors import Reason, SkeydError
 from skeyd.gfn import GfnRange
-from skeyd.storage_key import lost_runs
+from skeyd.storage_key import differing_runs
 from skeyd.worker.keys import Keys
 
 TRIES: Final = 256
@@ -62,7 +62,7 @@ class Restoring:
                 if not self._keys.read(frames, memoryview(bytearray(frames.count))):
                     self._left = []  # then not one was set
                     return
-                self._keys.write_checked(frames, old, uses_keys=True)
+                self._keys.write_checked(frames, old, uses_keys=True, exact=True)
             except SkeydError as error:
                 if error.reason is Reason.VM_DEAD or (error.reason in _OF_A_FRAME and frames.count == 1):
                     self._give_up(dirty)
@@ -97,6 +97,5 @@ class Restoring:
                 return [frames]
         except (SkeydError, OSError, MemoryError):
             return [frames]
-        # Both ways: the kernel took nothing, so an R or C too many may be that of a new key.
-        unequal = lost_runs(old, found) + lost_runs(found, old)
-        return [GfnRange(frames.start + index, length) for index, length in unequal]
+        # The kernel took nothing, so an R or C too many may be that of a new key.
+        return [GfnRange(frames.start + index, length) for index, length in differing_runs(old, found, 0xFF)]

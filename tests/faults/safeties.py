@@ -59,7 +59,7 @@ SAFETIES: Final = (
     Safety(
         "old keys that are set again are verified",
         "worker/restoring.py",
-        "                self._keys.write_checked(frames, old, uses_keys=True)\n",
+        "                self._keys.write_checked(frames, old, uses_keys=True, exact=True)\n",
         "                self._keys._set(frames, memoryview(bytearray(old)))\n",
         "faults/test_worker.py::test_a_key_that_the_kernel_loses_is_set_again",
     ),

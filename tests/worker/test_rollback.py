@@ -448,6 +448,32 @@ def test_what_does_not_pass_is_given_up_unless_it_must(clock: Clock, what: str) 
         assert clock.passed < transactions.PATIENCE_SECONDS + 10
 
 
+@pytest.mark.parametrize("more", [0x02, 0x04, 0x06])
+def test_an_old_key_that_the_kernel_loses_is_back_where_the_new_one_has_more_of_r_and_c_only(more: int) -> None:
+    """Seen once: the key that stayed could have been the guest's doing, and was taken for it."""
+
+    class Losing(Recording):
+        loses: int | None = None
+
+        def set_skeys(self, start_gfn: int, buffer: memoryview) -> None:
+            if self.loses is None:
+                return super().set_skeys(start_gfn, buffer)
+            index, self.loses = self.loses, None
+            super().set_skeys(start_gfn, buffer[:index])
+            return super().set_skeys(start_gfn + index + 1, buffer[index + 1 :])
+
+    backend = Losing((0, 4), kernel="7.2")
+    guest = Guest(backend)
+    guest.set_old(b"\x30" * 100)
+    guest.begin()
+    guest.set(0, bytes([0x30 | more]) * 100)
+    backend.loses = 50
+    last = guest.settle()
+    assert last is not None
+    assert (last.outcome, last.dirty) == ("rolled_back", ())
+    assert guest.read(GfnRange(0, 100)) == b"\x30" * 100
+
+
 def test_a_step_asks_no_more_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(restoring, "STEP_SECONDS", 0.0)
     backend = Stubborn("7.2")
