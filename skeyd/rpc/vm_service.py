@@ -46,7 +46,8 @@ class VmService(vm_service_pb2_grpc.VmServiceServicer):
         """As the contract says."""
         self._require_adoption()
         spec = convert.adoption_spec_of(request)
-        note(vm=f"vms/{spec.vm_id}", **({"vmm_name": request.name} if request.name else {"pid": request.pid}))
+        asked = {"pid": request.pid, "vmm_name": request.name, "qmp_socket": request.qmp_socket}
+        note(vm=f"vms/{spec.vm_id}", **{name: value for name, value in asked.items() if value})
         with self._short_calls.taken(f"vms/{spec.vm_id}"), noting_refused_vmm():
             vm = self._registry.create(spec)
         note_vmm(vm.vmm)

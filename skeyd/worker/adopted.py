@@ -7,6 +7,8 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Final
 
 from skeyd.errors import Reason, SkeydError, exhausted
 from skeyd.gfn import GfnRange, MemoryMap
@@ -24,13 +26,18 @@ from skeyd.worker.protocol import SLICE_KEYS, Spec, is_skeyd_worker
 from skeyd.worker.slots import memory_map
 from skeyd.worker.vmm_name import name_of
 
+CLOSING_SECONDS: Final = 1.0
+"""For so long an adoption that has failed tries to leave nothing."""
+_CLOSING_PAUSE_SECONDS: Final = 0.05
+
 
 class AdoptedVm:
     """A Backend over the real kernel, through the VM's owner. docs/injection.md has why that is never harmed.
 
     Each call holds one thread of the owner for the ioctl, for as long as the Spec allows at most. SkeydErrors are about
     the owner (VM_DEAD where it has ended, VMM_TRACED, VMM_SANDBOXED, …), KvmErrors about the VM, as every Backend's.
-    The constructor's SkeydErrors leave nothing in the owner, nor does `close`.
+    The constructor's SkeydErrors leave nothing in the owner, but where they have the metadata "left_behind": somebody
+    else had it then. `close` leaves nothing.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -42,7 +49,8 @@ class AdoptedVm:
             with ExitStack() as undo, _told():
                 target, process = _found(spec.adoption, undo)
                 fd = _vm_fd(target, spec.adoption)
-                self._vm = undo.enter_context(ForeignVm(target, fd, SLICE_KEYS, spec.adoption.hold_ms / 1000))
+                self._vm = ForeignVm(target, fd, SLICE_KEYS, spec.adoption.hold_ms / 1000)
+                undo.push(_Closing(self._vm))
                 if not self._vm.check_extension(abi.KVM_CAP_S390_SKEYS):
                     raise refusals.no_capability()
                 self.memory_map: MemoryMap = memory_map(vmm_memory.slots(self._vm, spec.slots), "vmm")
@@ -161,6 +169,31 @@ def _vm_fd(target: Target, adoption: Adoption) -> int:
         which = f"the VMs {', '.join(map(str, fds))}: name one" if fds else "no VM"
         raise SkeydError(Reason.VMM_NOT_FOUND, f"process {target.pid} has {which}", {"vmm_pid": str(target.pid)})
     return fds[0]
+
+
+class _Closing:
+    # Closes a VM in the end. Where something else has gone wrong that is tried for a while, and what stays is said.
+
+    def __init__(self, vm: ForeignVm) -> None:
+        self._vm = vm
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        end = time.monotonic() + (CLOSING_SECONDS if error is not None else 0.0)
+        while True:
+            try:
+                self._vm.close()
+                return
+            except InjectionError as failed:
+                if time.monotonic() < end:
+                    time.sleep(_CLOSING_PAUSE_SECONDS)
+                    continue
+                if error is None:
+                    raise
+                if isinstance(error, SkeydError):
+                    error.metadata["left_behind"] = f"memory for calls, until the next adoption: {failed}"
+                return
 
 
 @contextmanager

@@ -10,12 +10,14 @@ import pytest
 
 from skeyd.errors import Reason, SkeydError
 from skeyd.injection import proc
+from skeyd.injection.errors import AlreadyTracedError
 from skeyd.kvm.errors import KvmError
 from skeyd.worker import adopted
 from skeyd.worker.adopted import AdoptedVm
 from skeyd.worker.adoption import Adoption
 from skeyd.worker.protocol import SlotSpec, Spec
 from tests.adoption.owners import owner
+from tests.injection.victims import SECONDS
 from tests.worker.specs import UID
 
 
@@ -61,10 +63,7 @@ def test_a_first_call_that_the_kernel_refuses_is_told_with_whose_process_it_was_
         def check_extension(self, _: int) -> int:
             raise KvmError("KVM_CHECK_EXTENSION", number)
 
-        def __enter__(self) -> Refusing:
-            return self
-
-        def __exit__(self, *_: object) -> None:
+        def close(self) -> None:
             pass
 
     monkeypatch.setattr(adopted, "ForeignVm", Refusing)
@@ -75,6 +74,38 @@ def test_a_first_call_that_the_kernel_refuses_is_told_with_whose_process_it_was_
         with pytest.raises(SkeydError) as refused:
             AdoptedVm(spec)
     assert (refused.value.reason, refused.value.metadata["vmm_pid"]) == (reason, str(process.pid))
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_what_an_adoption_that_failed_cant_take_back_is_tried_for_a_while_and_said(
+    monkeypatch: pytest.MonkeyPatch, stays: bool
+) -> None:
+    closes = 0
+
+    class Traced:
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def check_extension(self, _: int) -> int:
+            raise AlreadyTracedError(5, 6)
+
+        def close(self) -> None:
+            nonlocal closes
+            closes += 1
+            if stays or closes < 3:
+                raise AlreadyTracedError(5, 6)
+
+    monkeypatch.setattr(adopted, "ForeignVm", Traced)
+    monkeypatch.setattr(adopted, "CLOSING_SECONDS", 0.2 if stays else SECONDS)
+    with owner() as process:
+        spec = Spec(
+            "guest", UID, "adopted", (SlotSpec(0, 1 << 20, "vmm"),), 0, adoption=Adoption(process.pid, 0, -1, 9)
+        )
+        with pytest.raises(SkeydError) as refused:
+            AdoptedVm(spec)
+    assert refused.value.reason is Reason.VMM_TRACED
+    assert ("left_behind" in refused.value.metadata) == stays
+    assert closes >= 3
 
 
 def test_a_frame_that_has_no_key_is_not_given_one() -> None:
