@@ -50,7 +50,7 @@ class AdoptedVm:
                 target, process = _found(spec.adoption, undo)
                 fd = _vm_fd(target, spec.adoption)
                 self._vm = ForeignVm(target, fd, SLICE_KEYS, spec.adoption.hold_ms / 1000)
-                undo.push(_Closing(self._vm))
+                undo.enter_context(_Closing(self._vm))
                 if not self._vm.check_extension(abi.KVM_CAP_S390_SKEYS):
                     raise refusals.no_capability()
                 self.memory_map: MemoryMap = memory_map(vmm_memory.slots(self._vm, spec.slots), "vmm")
@@ -176,6 +176,9 @@ class _Closing:
 
     def __init__(self, vm: ForeignVm) -> None:
         self._vm = vm
+
+    def __enter__(self) -> None:
+        pass
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

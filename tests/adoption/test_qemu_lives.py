@@ -5,12 +5,15 @@ SKEYD_ADOPTIONS and SKEYD_KILLS_ADOPTED say how often.
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import random
 import signal
+import socket
 import threading
 import time
-from typing import Final
+from typing import Final, Self
 
 import pytest
 
@@ -29,6 +32,43 @@ pytestmark = [
 CYCLES: Final = int(os.environ.get("SKEYD_ADOPTIONS", "1000"))
 KILLS: Final = int(os.environ.get("SKEYD_KILLS_ADOPTED", "200"))
 SOME: Final = 512
+LATE: Final = 5.0
+"""Seconds in which QEMU answers whatever is done to it; some milliseconds where nothing is emulated."""
+
+
+class Asking:
+    """Asks QEMU's other monitor how it is, again and again, from entering the context to leaving it."""
+
+    def __init__(self, qemu: Qemu) -> None:
+        self._path = str(qemu.monitor)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._ask)
+        self.seconds: list[float] = []
+        """How long each answer took."""
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join(SECONDS)
+        assert not self._thread.is_alive()
+
+    def _ask(self) -> None:
+        with socket.socket(socket.AF_UNIX) as monitor:
+            monitor.settimeout(SECONDS)
+            monitor.connect(self._path)
+            with monitor.makefile("rb") as answers:
+                assert "QMP" in json.loads(answers.readline())
+                for command in itertools.chain(["qmp_capabilities"], itertools.repeat("query-status")):
+                    began = time.monotonic()
+                    monitor.sendall(json.dumps({"execute": command}).encode())
+                    while "return" not in json.loads(answers.readline()):
+                        pass  # an event
+                    self.seconds.append(time.monotonic() - began)
+                    if self._over.wait(0.05):
+                        return
 
 
 def test_adopting_again_and_again_leaves_qemu_as_it_was(daemon: DaemonProcess, qemu: Qemu) -> None:
@@ -39,16 +79,21 @@ def test_adopting_again_and_again_leaves_qemu_as_it_was(daemon: DaemonProcess, q
         stubs.set(NAME, [(0, bytes(keys))])
         client.delete_vm(NAME)
         qemu.answers()
+        with Asking(qemu) as asking:
+            pass  # what QEMU has for a monitor that somebody uses it has from then on
         before = look_at_process(qemu.pid)
-        for cycle in range(CYCLES):
-            # One in eight finds the memory itself, which takes longest.
-            adopt(client, qemu, 64 if cycle % 8 else None)
-            start = rng.randrange(FRAMES - SOME)
-            keys[start : start + SOME] = some_keys(cycle, SOME)
-            stubs.set(NAME, [(start, bytes(keys[start : start + SOME]))])
-            assert acc_and_f(stubs.get(NAME, (start, SOME)).keys) == keys[start : start + SOME]
-            client.delete_vm(NAME)
-            qemu.answers()
+        with Asking(qemu) as asking:
+            for cycle in range(CYCLES):
+                # One in eight finds the memory itself, which takes longest.
+                adopt(client, qemu, 64 if cycle % 8 else None)
+                start = rng.randrange(FRAMES - SOME)
+                keys[start : start + SOME] = some_keys(cycle, SOME)
+                stubs.set(NAME, [(start, bytes(keys[start : start + SOME]))])
+                assert acc_and_f(stubs.get(NAME, (start, SOME)).keys) == keys[start : start + SOME]
+                client.delete_vm(NAME)
+                qemu.answers()
+        assert len(asking.seconds) > 2 * CYCLES
+        assert max(asking.seconds) < LATE, sorted(asking.seconds)[-5:]
         assert differences(before, look_at_process(qemu.pid)) == {}
         assert buffers_in(qemu.pid) == []
         assert acc_and_f(qemu.dumped()) == keys
