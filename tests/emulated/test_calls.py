@@ -15,7 +15,7 @@ from tests.emulated.fixtures import suites
 from tests.emulated.injecting import passes_on
 
 SECONDS: Final = 600.0
-TESTS: Final = [f"tests/injection/test_{name}.py" for name in ("calls", "target", "vm", "worst")]
+TESTS: Final = [f"tests/injection/test_{name}.py" for name in ("calls", "exec", "target", "vm", "worst")]
 LEAST: Final = 50
 """So many tests there are at least."""
 
