@@ -297,14 +297,14 @@ def test_old_keys_that_are_lost_are_dirty_frames_and_never_made_up(
     def broken(_: Journal) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(Journal, "pop", broken)
-    while clock.passed < transactions.PATIENCE_SECONDS:
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "pop", broken)
+        while clock.passed < transactions.PATIENCE_SECONDS:
+            guest.calls.step()
+            assert guest.calls.rolling_back
+            assert guest.calls.outcome() is not None
+            clock.wait(guest.calls.seconds_left())
         guest.calls.step()
-        assert guest.calls.rolling_back
-        assert guest.calls.outcome() is not None
-        clock.wait(guest.calls.seconds_left())
-    guest.calls.step()
-    monkeypatch.undo()
     last = guest.settle()
     assert last is not None
     assert (last.outcome, last.dirty) == ("dirty", (GfnRange(0, 200),))
