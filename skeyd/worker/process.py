@@ -98,8 +98,7 @@ def _prepare(directory_fd: int, resources: ExitStack) -> tuple[Service, HasFilen
         spec = Spec.from_message(decode(sys.stdin.buffer.read(MESSAGE_MAX + 1), "the spec"))
     except ProtocolError as error:
         raise SkeydError(Reason.WORKER_FAILED, str(error)) from error
-    if spec.adoption is None or spec.adoption.access == "qmp":
-        # It traces nobody, and what a monitor of QEMU's says is a stranger's words.
+    if spec.adoption is None:
         give_up(CAP_SYS_PTRACE)
     # The lock says "alive" from here to the end of the process, however it ends: it is never unlocked or closed.
     lock = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=directory_fd)
@@ -112,7 +111,7 @@ def _prepare(directory_fd: int, resources: ExitStack) -> tuple[Service, HasFilen
     vm = _vm(spec)
     resources.callback(vm.backend.close)
     if vm.print_keys is not None:
-        # It was not allowed to trace, and won't try again.
+        # It traces nobody, and what QEMU prints is a stranger's words. Up to here it took the right to see whose it is.
         give_up(CAP_SYS_PTRACE)
     hello = Hello(
         vm_id=spec.vm_id,

@@ -86,7 +86,12 @@ class Refusal(NamedTuple):
         Refusal(("vm", "show", "no/pe"), "VM_ID_INVALID", "'no/pe'", {}),
         Refusal(("vm", "delete", "nope", "--yes"), "VM_NOT_FOUND", "there is no vms/nope", {"vm": "vms/nope"}),
         Refusal(("keys", "get", "nope"), "VM_NOT_FOUND", "there is no vms/nope", {"vm": "vms/nope"}),
-        Refusal(("keys", "set", "nope", "0", "--acc", "1"), "VM_NOT_FOUND", "there is no vms/nope", {"vm": "vms/nope"}),
+        Refusal(
+            ("keys", "set", "nope", "0", "--acc", "1"),
+            "VM_NOT_FOUND",
+            "there is no vms/nope",
+            {"vm": "vms/nope", "outcome": "UNCHANGED"},
+        ),
         Refusal(
             ("vm", "create", "nope", "--kind", "simulated", "--memory", "4096"),
             "MEMORY_INVALID",

@@ -395,7 +395,7 @@ SAFETIES: Final = (
     Safety(
         "no worker but those that trace has the right to",
         "worker/process.py",
-        '    if spec.adoption is None or spec.adoption.access == "qmp":\n',
+        "    if spec.adoption is None:\n",
         "    if False:\n",
         "test_capabilities.py::test_no_thread_of_the_daemon_uses_it_and_no_worker_of_another_kind_has_it",
     ),
