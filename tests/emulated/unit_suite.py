@@ -79,6 +79,7 @@ NOT_IN_A_SHARE: Final = {
                     "an_ioctl_",
                     "answers_to_what_was_read_ahead",
                     "old_keys_that_cant_be_kept",
+                    "old_keys_that_the_kernel_never",
                 )
             ),
         ),
