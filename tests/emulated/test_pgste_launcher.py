@@ -107,6 +107,8 @@ def plain(host: EmulatedHost) -> Iterator[DaemonInside]:
 def launching(host: EmulatedHost) -> Iterator[DaemonInside]:
     """Run a daemon with --worker-launcher and no sysctl."""
     with running(host, "launching", 50054, "--worker-launcher", LAUNCHER) as daemon:
+        # It has looked at its launcher then, which tests replace.
+        daemon.connect().close()
         yield daemon
 
 
