@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -327,6 +328,23 @@ def test_a_mistake_in_the_middle_of_a_slice_makes_it_dirty_and_no_other() -> Non
     assert last.dirty == (GfnRange(500, 100),)
     assert guest.read()[:500] == OLD[:500]
     guest.calls.require_idle()
+
+
+def test_a_mistake_that_is_made_again_and_again_ends_the_call_too() -> None:
+    guest = Guest(Stubborn())
+    guest.begin()
+    guest.set(0, b"\x90" * 100)
+    guest.set(500, b"\x90" * 100)
+    guest.calls.abandon("a")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Keys, "read", lambda *_, **__: 1 / 0)
+        for _ in range(10):
+            if guest.calls.rolling_back:
+                with suppress(ZeroDivisionError):
+                    guest.calls.step()
+    last = guest.calls.outcome()
+    assert last is not None
+    assert (last.outcome, last.dirty) == ("dirty", (GfnRange(0, 100), GfnRange(500, 100)))
 
 
 # --- what passes ---------------------------------------------------------------------------------------------------
